@@ -1,0 +1,236 @@
+"""Trains one model of the paper with one algorithm; leaves metrics, states and a learning curve in --run_dir.
+
+    python -m binaries.train --task=mnist_2nn --partition=iid --client_fraction=0.1 --local_epochs=1 --batch_size=10
+
+Started again with the same --run_dir, it goes on where it was.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from absl import app, flags, logging
+
+import tasks
+
+_TASK = flags.DEFINE_enum("task", "mnist_2nn", sorted(tasks.TASKS), "Data set and model.")
+_DATA = flags.DEFINE_string(
+    "data", None, "Data source of the task, such as mnist or the embedded mnist5k; by default the paper's own."
+)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", "~/.cache/tff_fedavg/data", "Where the data are, or are kept after a download."
+)
+_CACHE_DIR = flags.DEFINE_string("cache_dir", "~/.cache/tff_fedavg/clients", "Where the client files are kept.")
+_PARTITION = flags.DEFINE_string(
+    "partition", None, "How the examples are divided among the clients, such as iid or pathological; by default iid."
+)
+_CLIENTS = flags.DEFINE_integer("clients", None, "K, the number of clients; by default the paper's.", lower_bound=1)
+_CLIENT_FRACTION = flags.DEFINE_float(
+    "client_fraction", 0.1, "C, the fraction of clients in a round; 0 is one client.", lower_bound=0, upper_bound=1
+)
+_LOCAL_EPOCHS = flags.DEFINE_integer("local_epochs", 5, "E, epochs of local SGD in a round.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 10, "B, the local minibatch size; 0 is B = inf.", lower_bound=0)
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.1, "eta, the learning rate.")
+_ALGORITHM = flags.DEFINE_enum(
+    "algorithm", "fedavg", ["fedavg", "fedsgd"], "Federated Averaging, or FedSGD (E = 1, B = inf)."
+)
+_ROUNDS = flags.DEFINE_integer("rounds", 100, "Communication rounds at most.", lower_bound=1)
+_EVAL_EVERY = flags.DEFINE_integer("eval_every", 1, "Rounds between evaluations on the test set.", lower_bound=1)
+_TARGET_ACCURACY = flags.DEFINE_float(
+    "target_accuracy",
+    None,
+    "Test accuracy to stop at; by default the task's target; 1 for none.",
+    lower_bound=0,
+    upper_bound=1,
+)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Seeds the initial weights, the partition, the sampling and the minibatches.", lower_bound=0
+)
+_RUN_DIR = flags.DEFINE_string("run_dir", None, "Where the run is kept; by default runs/TASK.")
+
+
+flags.register_validator("learning_rate", lambda rate: 0 < rate < float("inf"), "eta must be a number above 0")
+
+# Settings that say when to stop, not what the run computes.
+_MAY_DIFFER = ("rounds", "target_accuracy")
+
+_BAD_INPUT = 2
+_FAILED = 1
+
+
+def run(settings: Mapping[str, Any], *, data_dir: str, cache_dir: str, run_dir: str) -> None:
+    """Trains as `settings` say, prints the progress and the outcome.
+
+    Args:
+      settings: The flags of this program, by name, except for the three directories.
+      data_dir: As the flag.
+      cache_dir: As the flag.
+      run_dir: As the flag.
+
+    Raises:
+      ValueError: If the settings or the data are bad. Nothing has been computed then.
+      DivergedError: If the loss is no longer finite.
+      NotSavedError: If a state or metrics cannot be written.
+    """
+    import numpy as np
+    import tensorflow_federated as tff
+
+    import tff_fedavg
+    from binaries.progress import ProgressPrinter
+    from tff_fedavg import learning_curve, training
+    from tff_fedavg.run_directory import RunDirectory
+
+    task = tasks.build_task(
+        settings["task"],
+        data=settings["data"],
+        data_dir=data_dir,
+        cache_dir=cache_dir,
+        partition=settings["partition"],
+        clients=settings["clients"],
+        seed=settings["seed"],
+    )
+    target = task.target_accuracy if settings["target_accuracy"] is None else settings["target_accuracy"]
+    directory = RunDirectory(run_dir, {**settings, "data_checksums": task.checksums}, may_differ=_MAY_DIFFER)
+    model = task.build_model(settings["seed"])
+    if settings["algorithm"] == "fedsgd":
+        process = tff_fedavg.build_fed_sgd(model, task.train, learning_rate=settings["learning_rate"])
+    else:
+        process = tff_fedavg.build_fed_avg(
+            model,
+            task.train,
+            epochs=settings["local_epochs"],
+            batch_size=settings["batch_size"] or None,
+            learning_rate=settings["learning_rate"],
+            seed=settings["seed"],
+        )
+    fed_eval = tff_fedavg.build_fed_eval(model, task.test)
+    test_parts = list(range(task.test.num_clients))
+    sample_clients = tff_fedavg.build_sampling_fn(task.train.num_clients, settings["client_fraction"], settings["seed"])
+    states = tff.program.FileProgramStateManager(directory.states, keep_total=3, keep_first=False)
+
+    def report_damaged(path, error):
+        print(f"{path} is damaged ({_first_line(error)}): going on from the state before it", file=sys.stderr)
+
+    with tff_fedavg.local_worker():
+        state, last_round = training.load_latest_state(process, states, directory.states, report_damaged)
+        metrics = [row for row in learning_curve.read_metrics(directory.metrics_csv) if row["round_num"] <= last_round]
+        _, accuracies = learning_curve.evaluations(metrics)
+        if last_round > 0:
+            print(f"going on after round {last_round} of the run in {run_dir}", flush=True)
+        with ProgressPrinter(max(last_round, 0), settings["rounds"]) as printer:
+            try:
+                training.train(
+                    process,
+                    state=state,
+                    last_round=last_round,
+                    sample_clients=sample_clients,
+                    evaluate=lambda weights: fed_eval(weights, test_parts),
+                    total_rounds=settings["rounds"],
+                    rounds_per_evaluation=settings["eval_every"],
+                    target_accuracy=target,
+                    best_accuracy=max(accuracies, default=None),
+                    program_state_manager=states,
+                    release_managers=[
+                        tff.program.CSVFileReleaseManager(
+                            directory.metrics_csv, key_fieldname=learning_curve.ROUND_FIELD
+                        ),
+                        tff.program.TensorBoardReleaseManager(directory.tensorboard),
+                    ],
+                    on_round=printer.update,
+                )
+            finally:
+                metrics = learning_curve.read_metrics(directory.metrics_csv)
+                rounds, accuracies = learning_curve.evaluations(metrics)
+                if rounds:
+                    title = f"{task.name}, {settings['partition']}, {settings['algorithm']}"
+                    learning_curve.plot(directory.learning_curve_png, rounds, accuracies, target=target, title=title)
+
+    last_round = int(metrics[-1][learning_curve.ROUND_FIELD])
+    crossing = learning_curve.rounds_to_target(rounds, accuracies, target)
+    seconds = sum(row.get("training_time_in_seconds", 0.0) for row in metrics)
+    model_bytes = sum(np.asarray(w).nbytes for w in model.initial_weights[0])
+    megabytes = model_bytes * len(sample_clients(1)) * last_round / 1e6
+    print(
+        f"{last_round} rounds, best accuracy {max(accuracies):.4f}, "
+        f"rounds to {target:g}: {'not reached' if crossing is None else f'{crossing:.1f}'}, "
+        f"{seconds:.1f} s of training, {megabytes:.1f} MB up, {megabytes:.1f} MB down; see {directory.path}"
+    )
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        _fail(f"unknown argument {argv[1]!r}: flags start with --", _BAD_INPUT)
+    # Before TensorFlow is imported, which is why `run` imports it: only errors, the worker's too, unless asked for more.
+    verbose = logging.get_verbosity() > logging.WARNING
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "3")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    run_dir = os.path.expanduser(_RUN_DIR.value or f"runs/{_TASK.value}")
+    try:
+        run(
+            _settings(),
+            data_dir=os.path.expanduser(_DATA_DIR.value),
+            cache_dir=os.path.expanduser(_CACHE_DIR.value),
+            run_dir=run_dir,
+        )
+    except KeyboardInterrupt:
+        _fail(f"interrupted; the same command goes on from the saved state in {run_dir}", 128 + signal.SIGINT)
+    except ValueError as e:
+        if verbose:
+            raise
+        _fail(_first_line(e), _BAD_INPUT)
+    except (ArithmeticError, OSError) as e:
+        _fail(f"{_first_line(e)}; the last good state is in {run_dir}", _FAILED)
+
+
+def _settings() -> dict[str, Any]:
+    """Returns what the run depends on, with the defaults of the task filled in."""
+    entry = tasks.TASKS[_TASK.value]
+    fedsgd = _ALGORITHM.value == "fedsgd"
+    for flag, value in ((_LOCAL_EPOCHS, 1), (_BATCH_SIZE, 0)):
+        if fedsgd and flag.present and flag.value != value:
+            raise ValueError(
+                f"--{flag.name} is {flag.value}, but --algorithm=fedsgd has E = 1 and B = inf: leave it out"
+            )
+    settings = {
+        "task": _TASK.value,
+        "data": _DATA.value or entry.data[0],
+        "partition": _PARTITION.value or entry.partitions[0],
+        "clients": _CLIENTS.value,
+        "client_fraction": _CLIENT_FRACTION.value,
+        "local_epochs": 1 if fedsgd else _LOCAL_EPOCHS.value,
+        "batch_size": 0 if fedsgd else _BATCH_SIZE.value,
+        "learning_rate": _LEARNING_RATE.value,
+        "algorithm": _ALGORITHM.value,
+        "rounds": _ROUNDS.value,
+        "eval_every": _EVAL_EVERY.value,
+        "target_accuracy": _TARGET_ACCURACY.value,
+        "seed": _SEED.value,
+    }
+    for name, values in (("data", entry.data), ("partition", entry.partitions)):
+        if settings[name] not in values:
+            raise ValueError(f"--{name} is {settings[name]}; {_TASK.value} takes {', '.join(values)}")
+    return settings
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as e:
+        _fail(_first_line(e), _BAD_INPUT)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"train: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    # Not `app.run`: below it Keras 2.14 makes no symbolic inputs when TensorFlow was not imported before.
+    app.define_help_flags()
+    main(_parse_flags(sys.argv))

@@ -1,0 +1,31 @@
+"""Tasks: a data set, partitioned as in the paper, with its model, metrics and target accuracy.
+
+This module knows the names only; TensorFlow is imported when a task is built.
+"""
+
+import dataclasses
+import importlib
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskEntry:
+    """Where a task is built, and what it can be built from; the first of each is the default."""
+
+    module: str
+    data: tuple[str, ...]
+    partitions: tuple[str, ...]
+
+
+_MNIST = TaskEntry(
+    module="tasks.mnist",
+    data=("mnist", "mnist5k"),
+    partitions=("iid", "pathological", "unbalanced_iid", "unbalanced_pathological", "writer"),
+)
+
+TASKS = {"mnist_2nn": _MNIST, "mnist_cnn": _MNIST}
+
+
+def build_task(name: str, **settings: Any):
+    """Builds a task by name; `settings` are those of the `build_task` in its module."""
+    return importlib.import_module(TASKS[name].module).build_task(name, **settings)

@@ -1,0 +1,91 @@
+"""ClientUpdate(k, w) of Algorithm 1, and the client's half of FedSGD, as plain TensorFlow functions."""
+
+from collections.abc import Callable, Sequence
+
+import tensorflow as tf
+import tensorflow_federated as tff
+
+Weights = Sequence[tf.Tensor]
+BatchFn = Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+
+
+def client_update(
+    model: tff.learning.models.FunctionalModel,
+    weights: Weights,
+    num_examples: tf.Tensor,
+    batch_fn: BatchFn,
+    *,
+    epochs: int,
+    batch_size: int | None,
+    learning_rate: float | tf.Tensor,
+    seed: tf.Tensor,
+) -> tuple[Weights, tf.Tensor]:
+    """Runs E epochs of minibatch SGD on one client.
+
+        B <- (split P_k into batches of size B)
+        for each local epoch i from 1 to E:
+            for batch b in B:
+                w <- w - eta * grad l(w; b)
+
+    As in the paper the split is made once, outside the loop over the epochs. Its last batch is smaller when B does not
+    divide n_k, and is used like the others.
+
+    Args:
+      model: The model; supplies the loss l(w; b), the mean over the examples of a batch.
+      weights: w, the trainable weights that the server sent.
+      num_examples: int32 scalar n_k. With 0 the weights come back unchanged.
+      batch_fn: Maps int32 indices `[batch]` into P_k to the batch `(x, y)`.
+      epochs: E.
+      batch_size: B; None is the paper's B = inf, all of P_k in one batch.
+      learning_rate: eta.
+      seed: int32 `[2]`; decides how P_k is split.
+
+    Returns:
+      The new weights, and the float32 scalar sum of l(w; b) over all examples that SGD saw (E n_k of them).
+    """
+    order = tf.random.experimental.stateless_shuffle(tf.range(num_examples), seed)
+    batch_size = tf.maximum(num_examples if batch_size is None else batch_size, 1)
+    batches_per_epoch = (num_examples + batch_size - 1) // batch_size
+
+    def sgd_step(step, loss_sum, weights):
+        start = step % batches_per_epoch * batch_size
+        batch = order[start : start + batch_size]
+        loss, gradient = _loss_and_gradient(model, weights, batch_fn(batch))
+        weights = [w - learning_rate * g for w, g in zip(weights, gradient)]
+        return step + 1, loss_sum + loss * tf.cast(tf.size(batch), tf.float32), weights
+
+    _, loss_sum, weights = tf.while_loop(
+        lambda step, *_: step < epochs * batches_per_epoch, sgd_step, (0, tf.constant(0.0), list(weights))
+    )
+    return weights, loss_sum
+
+
+def client_gradient(
+    model: tff.learning.models.FunctionalModel, weights: Weights, num_examples: tf.Tensor, batch_fn: BatchFn
+) -> tuple[Weights, tf.Tensor]:
+    """Computes g_k = grad F_k(w), the gradient of the mean loss over all of P_k (FedSGD, Section 2).
+
+    Args: As for `client_update`.
+
+    Returns:
+      g_k (zeros if n_k = 0), and the float32 scalar sum of the loss over all examples.
+    """
+
+    def zero():
+        return tf.constant(0.0), [tf.zeros_like(w) for w in weights]
+
+    def full_batch():
+        loss, gradient = _loss_and_gradient(model, weights, batch_fn(tf.range(num_examples)))
+        return loss * tf.cast(num_examples, tf.float32), gradient
+
+    loss_sum, gradient = tf.cond(num_examples > 0, full_batch, zero)
+    return gradient, loss_sum
+
+
+def _loss_and_gradient(model, weights, batch):
+    x, y = batch
+    with tf.GradientTape() as tape:
+        tape.watch(weights)
+        predictions = model.predict_on_batch((weights, ()), x, training=True)
+        loss = model.loss(predictions, y)
+    return loss, tape.gradient(loss, weights)

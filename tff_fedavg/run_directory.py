@@ -1,0 +1,71 @@
+"""The directory of one run: its configuration, metrics, saved states and pictures, and the lock that keeps it to one run."""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Collection, Mapping
+from typing import Any
+
+_PACKAGES = ("tensorflow", "tensorflow-federated", "keras", "numpy", "jaxlib")
+
+
+class RunDirectory:
+    """An opened run directory.
+
+    Attributes:
+      path: The directory.
+      metrics_csv: One row per round, as `tff.program.CSVFileReleaseManager` writes it.
+      tensorboard: The same metrics for TensorBoard.
+      states: The saved states of the training process.
+      learning_curve_png: Test accuracy over rounds.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], *, may_differ: Collection[str]):
+        """Makes or opens the directory, and holds its lock until the process ends.
+
+        Args:
+          path: The directory.
+          settings: What the run depends on, as JSON values. Written to config.json with the versions of the packages.
+          may_differ: Names of settings that may differ from those of the run that the directory holds.
+
+        Raises:
+          ValueError: If the directory cannot be written, is in use, or holds a run with other settings.
+        """
+        self.path = pathlib.Path(path)
+        self.metrics_csv = self.path / "metrics.csv"
+        self.tensorboard = self.path / "tensorboard"
+        self.states = self.path / "states"
+        self.learning_curve_png = self.path / "learning_curve.png"
+        config_json = self.path / "config.json"
+        settings = json.loads(json.dumps(settings))
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")
+        except OSError as e:
+            raise ValueError(f"run_dir={self.path} cannot be written: {e.strerror}") from e
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise ValueError(f"run_dir={self.path} is in use by another run") from e
+        if config_json.exists():
+            try:
+                found = json.loads(config_json.read_text())["settings"]
+            except (ValueError, KeyError) as e:
+                raise ValueError(f"{config_json} is damaged: give another run_dir, or remove this one") from e
+            for name in sorted(found.keys() | settings.keys()):
+                if name not in may_differ and found.get(name) != settings.get(name):
+                    raise ValueError(
+                        f"run_dir={self.path} holds a run with {name}={found.get(name)}, not {settings.get(name)}: "
+                        "give another run_dir to start a new run"
+                    )
+        versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
+        config = {"settings": settings, "versions": {"python": sys.version.split()[0], **versions}}
+        temporary = config_json.with_suffix(".tmp")
+        try:
+            temporary.write_text(json.dumps(config, indent=2) + "\n")
+            temporary.replace(config_json)
+        except OSError as e:
+            raise ValueError(f"{config_json} cannot be written: {e.strerror}") from e

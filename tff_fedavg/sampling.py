@@ -1,0 +1,30 @@
+"""Sampling of the clients that take part in a round (Algorithm 1: m <- max(C K, 1); S_t <- random set of m clients)."""
+
+import functools
+from collections.abc import Callable
+
+import tensorflow_federated as tff
+
+
+def num_sampled_clients(num_clients: int, client_fraction: float) -> int:
+    """Returns m = max(C K, 1), rounded down. C = 0 means one client per round.
+
+    Raises:
+      ValueError: If C is not in [0, 1].
+    """
+    if not 0 <= client_fraction <= 1:
+        raise ValueError(f"client_fraction (C) is {client_fraction}; it must be in [0, 1]")
+    # Without the small term 0.29 * 100 would round down to 28.
+    return max(int(client_fraction * num_clients + 1e-9), 1)
+
+
+def build_sampling_fn(num_clients: int, client_fraction: float, seed: int) -> Callable[[int], list[int]]:
+    """Returns a function from the round t to S_t, the ids of m distinct clients in [0, K).
+
+    S_t depends on the seed and on t alone, so a run that resumes at round t goes on with the same clients.
+
+    Raises:
+      ValueError: If C is not in [0, 1].
+    """
+    sample = tff.simulation.build_uniform_sampling_fn(range(num_clients), replace=False, random_seed=seed)
+    return functools.partial(sample, size=num_sampled_clients(num_clients, client_fraction))

@@ -1,0 +1,184 @@
+"""The round loop: sample, train, evaluate, release metrics, save the state; resume where an earlier run stopped.
+
+Like `tff.simulation.run_training_process`, over the same managers, and with what that lacks: a stop at a target
+accuracy, a stop when the loss is no longer finite, and a fall back to an older state when the newest is damaged.
+"""
+
+import asyncio
+import collections
+import concurrent.futures
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_federated as tff
+
+from tff_fedavg import learning_curve
+
+_SECONDS_BETWEEN_SAVES = 30.0
+
+
+class DivergedError(ArithmeticError):
+    """The training loss or the averaged update of a round was not finite."""
+
+
+class NotSavedError(OSError):
+    """The state or the metrics of a round could not be written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What has happened up to and with one round.
+
+    Attributes:
+      round_number: The round, from 1; 0 is the initial model.
+      metrics: The metrics of the round, flat, by the names in metrics.csv.
+      best_accuracy: Best test accuracy of all evaluations so far; None before the first.
+    """
+
+    round_number: int
+    metrics: dict[str, Any]
+    best_accuracy: float | None
+
+
+def load_latest_state(
+    process: tff.learning.templates.LearningProcess,
+    manager: tff.program.FileProgramStateManager,
+    directory: pathlib.Path,
+    on_damaged: Callable[[pathlib.Path, Exception], None],
+) -> tuple[Any, int]:
+    """Loads the newest saved state that can be read, or makes the initial one.
+
+    Args:
+      process: The process whose state it is.
+      manager: Keeps the states.
+      directory: The root directory of `manager`.
+      on_damaged: Called for each state that cannot be read, after it was renamed to "damaged_...".
+
+    Returns:
+      The state, and the number of its round; -1 if nothing was saved yet.
+    """
+    state = process.initialize()
+    for version in reversed(_run(manager.get_versions()) or []):
+        try:
+            return _run(manager.load(version, state)), version
+        except Exception as e:  # TF raises many kinds of errors for the many ways in which a SavedModel can be damaged.
+            path = directory / f"program_state_{version}"
+            path.rename(path.with_name(f"damaged_{path.name}_{time.time_ns()}"))
+            on_damaged(path, e)
+    return state, -1
+
+
+def train(
+    process: tff.learning.templates.LearningProcess,
+    *,
+    state: Any,
+    last_round: int,
+    sample_clients: Callable[[int], Sequence[int]],
+    evaluate: Callable[[Any], dict[str, float]],
+    total_rounds: int,
+    rounds_per_evaluation: int = 1,
+    target_accuracy: float | None = None,
+    best_accuracy: float | None = None,
+    program_state_manager: tff.program.ProgramStateManager,
+    release_managers: Iterable[tff.program.ReleaseManager],
+    on_round: Callable[[Progress], None],
+) -> Any:
+    """Trains until `total_rounds` or until an evaluation reaches the target.
+
+    The state is saved every 30 s, and in the end however that comes, an exception or Ctrl-C included. A round is a pure
+    function of the state and the sampled clients, so a resumed run repeats the unsaved rounds exactly.
+
+    Args:
+      process: The learning process.
+      state: State to start from.
+      last_round: Its round, as from `load_latest_state`.
+      sample_clients: Maps the round, from 1, to the ids of its clients.
+      evaluate: Maps model weights to metrics; must contain "accuracy".
+      total_rounds: Last round.
+      rounds_per_evaluation: Evaluates round 0, its multiples, and the last round.
+      target_accuracy: Where to stop; None for nowhere.
+      best_accuracy: Best accuracy of the rounds up to `last_round`, if any was evaluated.
+      program_state_manager: Saves the states.
+      release_managers: Get the metrics of each round.
+      on_round: Called after each round.
+
+    Returns:
+      The final state.
+
+    Raises:
+      DivergedError: If a loss or an update is not finite. The state before that round is saved.
+      NotSavedError: If the disk is full, or a file cannot be written for another reason.
+    """
+    release_managers = list(release_managers)
+    saved_round = last_round
+    saved_at = time.monotonic()
+
+    def finish_round(round_number, metrics, state):
+        nonlocal best_accuracy
+        due = round_number % rounds_per_evaluation == 0 or round_number == total_rounds
+        if due:
+            evaluation = evaluate(state.global_model_weights)
+            metrics.update((f"evaluation/{name}", float(value)) for name, value in evaluation.items())
+            best_accuracy = max(best_accuracy or 0.0, metrics[learning_curve.ACCURACY_FIELD])
+        try:
+            for manager in release_managers:
+                _run(manager.release(metrics, key=round_number))
+        except Exception as e:
+            raise NotSavedError(f"the metrics of round {round_number} could not be written: {e}") from e
+        on_round(Progress(round_number, metrics, best_accuracy))
+
+    def save(round_number, state):
+        nonlocal saved_round, saved_at
+        if round_number != saved_round:
+            try:
+                _run(program_state_manager.save(state, round_number))
+            except Exception as e:
+                raise NotSavedError(f"the state of round {round_number} could not be written: {e}") from e
+        saved_round = round_number
+        saved_at = time.monotonic()
+
+    round_number = max(last_round, 0)
+    try:
+        if last_round < 0:
+            finish_round(0, collections.OrderedDict(), state)
+        while round_number < total_rounds and not _reached(best_accuracy, target_accuracy):
+            start = time.monotonic()
+            output = process.next(state, sample_clients(round_number + 1))
+            metrics = _flatten(output.metrics)
+            if not np.isfinite(metrics["client_work/train/loss"]) or metrics["finalizer/update_non_finite"]:
+                raise DivergedError(
+                    f"round {round_number + 1} diverged: its training loss is {metrics['client_work/train/loss']:g}"
+                )
+            metrics["training_time_in_seconds"] = time.monotonic() - start
+            finish_round(round_number + 1, metrics, output.state)
+            round_number, state = round_number + 1, output.state
+            if time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES:
+                save(round_number, state)
+    finally:
+        save(round_number, state)
+    return state
+
+
+def _reached(best_accuracy, target_accuracy):
+    return None not in (best_accuracy, target_accuracy) and best_accuracy >= target_accuracy
+
+
+def _flatten(metrics):
+    """Flattens nested metrics to "a/b" names, as TFF's release managers name them."""
+    flat = collections.OrderedDict()
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            flat.update((f"{name}/{inner}", v) for inner, v in _flatten(value).items())
+        elif np.ndim(value) == 0:
+            flat[name] = np.asarray(value).item()
+    return flat
+
+
+def _run(coroutine):
+    """Runs a coroutine of TFF's managers to its end, also where an event loop runs already, as in a notebook."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
