@@ -1,10 +1,12 @@
 """Progress of a run on the terminal: a bar, or plain lines where stdout is no terminal."""
 
+import pathlib
 import sys
 import time
 
 import tqdm
 
+from tff_fedavg.learning_curve import ACCURACY_FIELD
 from tff_fedavg.training import Progress
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -13,22 +15,13 @@ _SECONDS_BETWEEN_LINES = 5.0
 class ProgressPrinter:
     """Shows round, accuracy, seconds per round and the time that is left. A context manager."""
 
-    def __init__(self, first_round: int, total_rounds: int):
+    def __init__(self, run_dir: str, total_rounds: int):
+        self._run_dir = run_dir
         self._total_rounds = total_rounds
-        self._start = time.monotonic()
-        self._first_round = first_round
-        self._printed_at = -_SECONDS_BETWEEN_LINES
+        self._first_round = 0
+        self._started_at = self._printed_at = 0.0
         self._accuracy = None
         self._bar = None
-        if sys.stdout.isatty():
-            self._bar = tqdm.tqdm(
-                initial=first_round,
-                total=total_rounds,
-                file=sys.stdout,
-                dynamic_ncols=True,
-                bar_format="round {n_fmt}/{total_fmt} |{bar}| {postfix}{rate_inv_fmt}, {remaining} left",
-                unit="round",
-            )
 
     def __enter__(self):
         return self
@@ -37,9 +30,30 @@ class ProgressPrinter:
         if self._bar is not None:
             self._bar.close()
 
+    def report_damaged(self, path: pathlib.Path, error: Exception) -> None:
+        """Says that a saved state cannot be read."""
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"{path} is damaged ({reason}): going on from the state before it", file=sys.stderr)
+
+    def start(self, round_number: int) -> None:
+        """Says where training goes on."""
+        if round_number:
+            print(f"going on after round {round_number} of the run in {self._run_dir}", flush=True)
+        self._first_round = round_number
+        self._started_at = time.monotonic()
+        if sys.stdout.isatty():
+            self._bar = tqdm.tqdm(
+                initial=round_number,
+                total=self._total_rounds,
+                file=sys.stdout,
+                dynamic_ncols=True,
+                bar_format="round {n_fmt}/{total_fmt} |{bar}| {postfix}{rate_inv_fmt}, {remaining} left",
+                unit="round",
+            )
+
     def update(self, progress: Progress) -> None:
         """Shows a round."""
-        self._accuracy = progress.metrics.get("evaluation/accuracy", self._accuracy)
+        self._accuracy = progress.metrics.get(ACCURACY_FIELD, self._accuracy)
         accuracy = (
             "" if self._accuracy is None else f"accuracy {self._accuracy:.4f} (best {progress.best_accuracy:.4f})"
         )
@@ -51,10 +65,9 @@ class ProgressPrinter:
         if now - self._printed_at < _SECONDS_BETWEEN_LINES and progress.round_number < self._total_rounds:
             return
         self._printed_at = now
-        done = progress.round_number - self._first_round
         line = f"round {progress.round_number}/{self._total_rounds}  {accuracy}"
-        if done:
-            seconds = (now - self._start) / done
+        if done := progress.round_number - self._first_round:
+            seconds = (now - self._started_at) / done
             left = seconds * (self._total_rounds - progress.round_number)
-            line += f"  {seconds:.3g} s/round  {tqdm.tqdm.format_interval(left)} left"
+            line += f"  {seconds:.3g} s/round, {tqdm.tqdm.format_interval(left)} left"
         print(line, flush=True)

@@ -17,7 +17,10 @@ import tasks
 
 _TASK = flags.DEFINE_enum("task", "mnist_2nn", sorted(tasks.TASKS), "Data set and model.")
 _DATA = flags.DEFINE_string(
-    "data", None, "Data source of the task, such as mnist or the embedded mnist5k; by default the paper's own."
+    "data",
+    None,
+    "Data source of the task, such as mnist or mnist5k; embedded is the one that comes with the packages. By default "
+    "the paper's own.",
 )
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", "~/.cache/tff_fedavg/data", "Where the data are, or are kept after a download."
@@ -56,8 +59,7 @@ flags.register_validator("learning_rate", lambda rate: 0 < rate < float("inf"), 
 # Settings that say when to stop, not what the run computes.
 _MAY_DIFFER = ("rounds", "target_accuracy")
 
-_BAD_INPUT = 2
-_FAILED = 1
+_FAILED = 2
 
 
 def run(settings: Mapping[str, Any], *, data_dir: str, cache_dir: str, run_dir: str) -> None:
@@ -74,95 +76,91 @@ def run(settings: Mapping[str, Any], *, data_dir: str, cache_dir: str, run_dir: 
       DivergedError: If the loss is no longer finite.
       NotSavedError: If a state or metrics cannot be written.
     """
-    import numpy as np
-    import tensorflow_federated as tff
-
     import tff_fedavg
     from binaries.progress import ProgressPrinter
     from tff_fedavg import learning_curve, training
     from tff_fedavg.run_directory import RunDirectory
 
-    task = tasks.build_task(
-        settings["task"],
-        data=settings["data"],
-        data_dir=data_dir,
-        cache_dir=cache_dir,
-        partition=settings["partition"],
-        clients=settings["clients"],
-        seed=settings["seed"],
-    )
-    target = task.target_accuracy if settings["target_accuracy"] is None else settings["target_accuracy"]
-    directory = RunDirectory(run_dir, {**settings, "data_checksums": task.checksums}, may_differ=_MAY_DIFFER)
-    model = task.build_model(settings["seed"])
-    if settings["algorithm"] == "fedsgd":
-        process = tff_fedavg.build_fed_sgd(model, task.train, learning_rate=settings["learning_rate"])
-    else:
-        process = tff_fedavg.build_fed_avg(
-            model,
-            task.train,
-            epochs=settings["local_epochs"],
-            batch_size=settings["batch_size"] or None,
-            learning_rate=settings["learning_rate"],
+    with tff_fedavg.local_worker():
+        task = tasks.build_task(
+            settings["task"],
+            data=settings["data"],
+            data_dir=data_dir,
+            cache_dir=cache_dir,
+            partition=settings["partition"],
+            clients=settings["clients"],
             seed=settings["seed"],
         )
-    fed_eval = tff_fedavg.build_fed_eval(model, task.test)
-    test_parts = list(range(task.test.num_clients))
-    sample_clients = tff_fedavg.build_sampling_fn(task.train.num_clients, settings["client_fraction"], settings["seed"])
-    states = tff.program.FileProgramStateManager(directory.states, keep_total=3, keep_first=False)
-
-    def report_damaged(path, error):
-        print(f"{path} is damaged ({_first_line(error)}): going on from the state before it", file=sys.stderr)
-
-    with tff_fedavg.local_worker():
-        state, last_round = training.load_latest_state(process, states, directory.states, report_damaged)
-        metrics = [row for row in learning_curve.read_metrics(directory.metrics_csv) if row["round_num"] <= last_round]
-        _, accuracies = learning_curve.evaluations(metrics)
-        if last_round > 0:
-            print(f"going on after round {last_round} of the run in {run_dir}", flush=True)
-        with ProgressPrinter(max(last_round, 0), settings["rounds"]) as printer:
-            try:
+        target = task.target_accuracy if settings["target_accuracy"] is None else settings["target_accuracy"]
+        directory = RunDirectory(run_dir, {**settings, "data_checksums": task.checksums}, may_differ=_MAY_DIFFER)
+        model = task.build_model(settings["seed"])
+        fed_eval = tff_fedavg.build_fed_eval(model, task.test)
+        sample_clients = tff_fedavg.build_sampling_fn(
+            task.train.num_clients, settings["client_fraction"], settings["seed"]
+        )
+        try:
+            with ProgressPrinter(run_dir, settings["rounds"]) as printer:
                 training.train(
-                    process,
-                    state=state,
-                    last_round=last_round,
+                    _build_process(settings, task, model),
+                    directory,
                     sample_clients=sample_clients,
-                    evaluate=lambda weights: fed_eval(weights, test_parts),
+                    evaluate=lambda weights: fed_eval(weights, list(range(task.test.num_clients))),
                     total_rounds=settings["rounds"],
                     rounds_per_evaluation=settings["eval_every"],
                     target_accuracy=target,
-                    best_accuracy=max(accuracies, default=None),
-                    program_state_manager=states,
-                    release_managers=[
-                        tff.program.CSVFileReleaseManager(
-                            directory.metrics_csv, key_fieldname=learning_curve.ROUND_FIELD
-                        ),
-                        tff.program.TensorBoardReleaseManager(directory.tensorboard),
-                    ],
+                    on_start=printer.start,
                     on_round=printer.update,
+                    on_damaged=printer.report_damaged,
                 )
-            finally:
-                metrics = learning_curve.read_metrics(directory.metrics_csv)
-                rounds, accuracies = learning_curve.evaluations(metrics)
-                if rounds:
-                    title = f"{task.name}, {settings['partition']}, {settings['algorithm']}"
-                    learning_curve.plot(directory.learning_curve_png, rounds, accuracies, target=target, title=title)
+        except training.DivergedError as e:
+            rate = settings["learning_rate"]
+            raise training.DivergedError(f"{e} at learning_rate={rate:g}; {run_dir} keeps the state before it") from e
+        finally:
+            title = f"{task.name}, {settings['partition']}, {settings['algorithm']}"
+            curve = learning_curve.evaluations(learning_curve.read_metrics(directory.metrics_csv))
+            learning_curve.plot(directory.learning_curve_png, *curve, target=target, title=title)
+    print(_outcome(directory, target, bytes_per_round=len(sample_clients(1)) * _num_bytes(model)))
 
-    last_round = int(metrics[-1][learning_curve.ROUND_FIELD])
+
+def _build_process(settings, task, model):
+    import tff_fedavg
+
+    if settings["algorithm"] == "fedsgd":
+        return tff_fedavg.build_fed_sgd(model, task.train, learning_rate=settings["learning_rate"])
+    return tff_fedavg.build_fed_avg(
+        model,
+        task.train,
+        epochs=settings["local_epochs"],
+        batch_size=settings["batch_size"] or None,
+        learning_rate=settings["learning_rate"],
+        seed=settings["seed"],
+    )
+
+
+def _outcome(directory, target, bytes_per_round) -> str:
+    from tff_fedavg import learning_curve
+
+    metrics = learning_curve.read_metrics(directory.metrics_csv)
+    rounds, accuracies = learning_curve.evaluations(metrics)
     crossing = learning_curve.rounds_to_target(rounds, accuracies, target)
+    last_round = int(metrics[-1][learning_curve.ROUND_FIELD])
     seconds = sum(row.get("training_time_in_seconds", 0.0) for row in metrics)
-    model_bytes = sum(np.asarray(w).nbytes for w in model.initial_weights[0])
-    megabytes = model_bytes * len(sample_clients(1)) * last_round / 1e6
-    print(
+    megabytes = bytes_per_round * last_round / 1e6
+    return (
         f"{last_round} rounds, best accuracy {max(accuracies):.4f}, "
         f"rounds to {target:g}: {'not reached' if crossing is None else f'{crossing:.1f}'}, "
         f"{seconds:.1f} s of training, {megabytes:.1f} MB up, {megabytes:.1f} MB down; see {directory.path}"
     )
 
 
+def _num_bytes(model) -> int:
+    return sum(w.nbytes for w in model.initial_weights[0])
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        _fail(f"unknown argument {argv[1]!r}: flags start with --", _BAD_INPUT)
-    # Before TensorFlow is imported, which is why `run` imports it: only errors, the worker's too, unless asked for more.
+        _fail(f"unknown argument {argv[1]!r}: flags start with --")
+    # TensorFlow reads this when it is imported, which is why only `run` imports it; the worker inherits it.
     verbose = logging.get_verbosity() > logging.WARNING
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "3")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -175,13 +173,11 @@ def main(argv: list[str]) -> None:
             run_dir=run_dir,
         )
     except KeyboardInterrupt:
-        _fail(f"interrupted; the same command goes on from the saved state in {run_dir}", 128 + signal.SIGINT)
-    except ValueError as e:
+        _fail(f"interrupted; the same command goes on where {run_dir} stopped", 128 + signal.SIGINT)
+    except (ValueError, OSError, RuntimeError) as e:
         if verbose:
             raise
-        _fail(_first_line(e), _BAD_INPUT)
-    except (ArithmeticError, OSError) as e:
-        _fail(f"{_first_line(e)}; the last good state is in {run_dir}", _FAILED)
+        _fail(_first_line(e))
 
 
 def _settings() -> dict[str, Any]:
@@ -195,7 +191,7 @@ def _settings() -> dict[str, Any]:
             )
     settings = {
         "task": _TASK.value,
-        "data": _DATA.value or entry.data[0],
+        "data": entry.embedded if _DATA.value == "embedded" else _DATA.value or entry.data[0],
         "partition": _PARTITION.value or entry.partitions[0],
         "clients": _CLIENTS.value,
         "client_fraction": _CLIENT_FRACTION.value,
@@ -218,14 +214,14 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as e:
-        _fail(_first_line(e), _BAD_INPUT)
+        _fail(_first_line(e))
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _fail(message: str, status: int) -> None:
+def _fail(message: str, status: int = _FAILED) -> None:
     print(f"train: {message}", file=sys.stderr)
     sys.exit(status)
 

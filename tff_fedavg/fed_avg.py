@@ -2,12 +2,13 @@
 
 One round of both is
 
-    server: send w_t and t to the clients S_t
-    client k: read P_k; compute d_k                 # FedAvg: d_k = w_t - ClientUpdate(k, w_t); FedSGD: d_k = grad F_k(w_t)
-    server: d <- sum_{k in S_t} (n_k / m_t) d_k     # m_t = sum_{k in S_t} n_k, as in the erratum (arXiv v4)
-            w_{t+1} <- ServerOptimizer(w_t, d)      # FedAvg: w_t - d; FedSGD: w_t - eta d
+    server:    send w_t and t to the clients S_t
+    client k:  d_k <- w_t - ClientUpdate(k, w_t)         # FedSGD: d_k <- grad F_k(w_t)
+    server:    d <- sum_{k in S_t} (n_k / m_t) d_k       # m_t = sum_{k in S_t} n_k, as in the erratum (arXiv v4)
+               w_{t+1} <- w_t - d                        # FedSGD: w_{t+1} <- w_t - eta d
 
-With d_k = w_t - w_k the last line of FedAvg is the paper's w_{t+1} <- sum (n_k / m_t) w^k_{t+1}.
+FedAvg's last line is the paper's w_{t+1} <- sum_{k in S_t} (n_k / m_t) w^k_{t+1}, written as a step of a server
+optimizer (SGD with rate 1), so that another optimizer can take its place.
 """
 
 import collections
@@ -18,7 +19,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_fedavg.client_data import ClientDataset
-from tff_fedavg.client_update import client_gradient, client_update
+from tff_fedavg.client_update import client_gradient, client_update, minibatch_seed
 
 Factory = tff.aggregators.WeightedAggregationFactory | tff.aggregators.UnweightedAggregationFactory
 
@@ -52,8 +53,8 @@ def build_fed_avg(
 
     Returns:
       A process whose state is a `tff.learning.templates.LearningAlgorithmState`, with the number of finished rounds as
-      `client_work`, and whose metrics are `client_work/train` (loss: the mean over what local SGD saw, num_examples: m_t),
-      `aggregator` and `finalizer`.
+      `client_work`. Its metrics are "client_work" / "train" (loss: the mean over what local SGD saw; num_examples:
+      m_t), "aggregator" and "finalizer".
 
     Raises:
       ValueError: If an argument is out of range.
@@ -136,11 +137,11 @@ def _build_learning_process(
     def client_work(weights, round_number, client_id):
         records = client_dataset.read(client_id)
         num_examples = tf.shape(records)[0]
-        client_seed = tf.constant([seed, 0], tf.int64)
-        for key in (round_number, client_id):
-            client_seed = tf.random.experimental.stateless_fold_in(client_seed, tf.cast(key, tf.int64))
         update, loss_sum = client_fn(
-            list(weights), num_examples, lambda indices: client_dataset.batch(records, indices), client_seed
+            list(weights),
+            num_examples,
+            lambda indices: client_dataset.batch(records, indices),
+            minibatch_seed(seed, round_number, client_id),
         )
         result = tff.learning.templates.ClientResult(tuple(update), tf.cast(num_examples, tf.float32))
         return result, collections.OrderedDict(loss=loss_sum, num_examples=tf.cast(num_examples, tf.int64))

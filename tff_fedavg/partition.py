@@ -17,7 +17,7 @@ _UNBALANCED_SIGMA = 1.0
 
 def iid(num_examples: int, num_clients: int, seed: int) -> Partition:
     """Shuffles the examples and gives each client an equal share (for MNIST, 600 to each of 100)."""
-    _check_counts(num_examples, num_clients, "clients")
+    _check_counts(num_examples, num_clients, num_clients)
     return np.array_split(np.random.default_rng(seed).permutation(num_examples), num_clients)
 
 
@@ -36,14 +36,14 @@ def pathological(labels: np.ndarray, num_clients: int, seed: int, *, shards_per_
       ValueError: If there are more shards than examples.
     """
     num_shards = num_clients * shards_per_client
-    _check_counts(len(labels), num_shards, "shards")
+    _check_counts(len(labels), num_clients, num_shards)
     shards = np.array_split(np.argsort(labels, kind="stable"), num_shards)
     return _deal(shards, num_clients, seed)
 
 
 def unbalanced_iid(num_examples: int, num_clients: int, seed: int) -> Partition:
     """Shuffles the examples and gives each client a share of log-normal size (at least 1 example)."""
-    _check_counts(num_examples, num_clients, "clients")
+    _check_counts(num_examples, num_clients, num_clients)
     rng = np.random.default_rng(seed)
     return _cut_log_normal(rng.permutation(num_examples), num_clients, rng)
 
@@ -53,7 +53,7 @@ def unbalanced_pathological(
 ) -> Partition:
     """As `pathological`, with shards of log-normal size (at least 1 example)."""
     num_shards = num_clients * shards_per_client
-    _check_counts(len(labels), num_shards, "shards")
+    _check_counts(len(labels), num_clients, num_shards)
     rng = np.random.default_rng(seed)
     shards = _cut_log_normal(np.argsort(labels, kind="stable"), num_shards, rng)
     return _deal(shards, num_clients, seed)
@@ -78,8 +78,10 @@ def _cut_log_normal(order: np.ndarray, num_pieces: int, rng: np.random.Generator
     return np.split(order, (others + np.arange(1, num_pieces + 1))[:-1])
 
 
-def _check_counts(num_examples: int, num_pieces: int, pieces: str) -> None:
-    if not 1 <= num_pieces <= num_examples:
+def _check_counts(num_examples: int, num_clients: int, num_pieces: int) -> None:
+    if num_clients < 1:
+        raise ValueError(f"the number of clients is {num_clients}; it must be at least 1")
+    if num_pieces > num_examples:
         raise ValueError(
-            f"cannot cut {num_examples} examples into {num_pieces} {pieces}; 1 to {num_examples} can be cut"
+            f"{num_clients} clients need {num_pieces} pieces of data, but there are {num_examples} examples"
         )

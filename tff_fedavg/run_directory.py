@@ -1,4 +1,4 @@
-"""The directory of one run: its configuration, metrics, saved states and pictures, and the lock that keeps it to one run."""
+"""The directory of one run: its configuration, metrics, saved states and pictures, and a lock against a second run."""
 
 import fcntl
 import importlib.metadata

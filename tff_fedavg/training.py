@@ -10,18 +10,19 @@ import concurrent.futures
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_federated as tff
 
 from tff_fedavg import learning_curve
+from tff_fedavg.run_directory import RunDirectory
 
 _SECONDS_BETWEEN_SAVES = 30.0
 
 
-class DivergedError(ArithmeticError):
+class DivergedError(RuntimeError):
     """The training loss or the averaged update of a round was not finite."""
 
 
@@ -44,67 +45,35 @@ class Progress:
     best_accuracy: float | None
 
 
-def load_latest_state(
-    process: tff.learning.templates.LearningProcess,
-    manager: tff.program.FileProgramStateManager,
-    directory: pathlib.Path,
-    on_damaged: Callable[[pathlib.Path, Exception], None],
-) -> tuple[Any, int]:
-    """Loads the newest saved state that can be read, or makes the initial one.
-
-    Args:
-      process: The process whose state it is.
-      manager: Keeps the states.
-      directory: The root directory of `manager`.
-      on_damaged: Called for each state that cannot be read, after it was renamed to "damaged_...".
-
-    Returns:
-      The state, and the number of its round; -1 if nothing was saved yet.
-    """
-    state = process.initialize()
-    for version in reversed(_run(manager.get_versions()) or []):
-        try:
-            return _run(manager.load(version, state)), version
-        except Exception as e:  # TF raises many kinds of errors for the many ways in which a SavedModel can be damaged.
-            path = directory / f"program_state_{version}"
-            path.rename(path.with_name(f"damaged_{path.name}_{time.time_ns()}"))
-            on_damaged(path, e)
-    return state, -1
-
-
 def train(
     process: tff.learning.templates.LearningProcess,
+    directory: RunDirectory,
     *,
-    state: Any,
-    last_round: int,
     sample_clients: Callable[[int], Sequence[int]],
-    evaluate: Callable[[Any], dict[str, float]],
+    evaluate: Callable[[tff.learning.models.ModelWeights], Mapping[str, float]],
     total_rounds: int,
     rounds_per_evaluation: int = 1,
     target_accuracy: float | None = None,
-    best_accuracy: float | None = None,
-    program_state_manager: tff.program.ProgramStateManager,
-    release_managers: Iterable[tff.program.ReleaseManager],
-    on_round: Callable[[Progress], None],
+    on_start: Callable[[int], None] = lambda round_number: None,
+    on_round: Callable[[Progress], None] = lambda progress: None,
+    on_damaged: Callable[[pathlib.Path, Exception], None] = lambda path, error: None,
 ) -> Any:
-    """Trains until `total_rounds` or until an evaluation reaches the target.
+    """Trains until `total_rounds` or until an evaluation reaches the target, from where `directory` stopped.
 
     The state is saved every 30 s, and in the end however that comes, an exception or Ctrl-C included. A round is a pure
     function of the state and the sampled clients, so a resumed run repeats the unsaved rounds exactly.
 
     Args:
       process: The learning process.
-      state: State to start from.
-      last_round: Its round, as from `load_latest_state`.
+      directory: Gets the states, and the metrics of each round as CSV and for TensorBoard.
       sample_clients: Maps the round, from 1, to the ids of its clients.
       evaluate: Maps model weights to metrics; must contain "accuracy".
       total_rounds: Last round.
       rounds_per_evaluation: Evaluates round 0, its multiples, and the last round.
       target_accuracy: Where to stop; None for nowhere.
-      best_accuracy: Best accuracy of the rounds up to `last_round`, if any was evaluated.
-      program_state_manager: Saves the states.
-      release_managers: Get the metrics of each round.
+      on_start: Called once with the round that training goes on after, 0 for a new run.
       on_round: Called after each round.
+      on_damaged: Called for each state that cannot be read and is left aside for the one before it.
 
     Returns:
       The final state.
@@ -113,14 +82,19 @@ def train(
       DivergedError: If a loss or an update is not finite. The state before that round is saved.
       NotSavedError: If the disk is full, or a file cannot be written for another reason.
     """
-    release_managers = list(release_managers)
-    saved_round = last_round
+    state_manager = tff.program.FileProgramStateManager(directory.states, keep_total=3, keep_first=False)
+    state, saved_round = _load_latest_state(process, state_manager, directory.states, on_damaged)
+    release_managers = [
+        tff.program.CSVFileReleaseManager(directory.metrics_csv, key_fieldname=learning_curve.ROUND_FIELD),
+        tff.program.TensorBoardReleaseManager(directory.tensorboard),
+    ]
+    rounds, accuracies = learning_curve.evaluations(learning_curve.read_metrics(directory.metrics_csv))
+    best_accuracy = max((a for r, a in zip(rounds, accuracies) if r <= saved_round), default=None)
     saved_at = time.monotonic()
 
     def finish_round(round_number, metrics, state):
         nonlocal best_accuracy
-        due = round_number % rounds_per_evaluation == 0 or round_number == total_rounds
-        if due:
+        if round_number % rounds_per_evaluation == 0 or round_number == total_rounds:
             evaluation = evaluate(state.global_model_weights)
             metrics.update((f"evaluation/{name}", float(value)) for name, value in evaluation.items())
             best_accuracy = max(best_accuracy or 0.0, metrics[learning_curve.ACCURACY_FIELD])
@@ -135,15 +109,16 @@ def train(
         nonlocal saved_round, saved_at
         if round_number != saved_round:
             try:
-                _run(program_state_manager.save(state, round_number))
+                _run(state_manager.save(state, round_number))
             except Exception as e:
                 raise NotSavedError(f"the state of round {round_number} could not be written: {e}") from e
         saved_round = round_number
         saved_at = time.monotonic()
 
-    round_number = max(last_round, 0)
+    round_number = max(saved_round, 0)
+    on_start(round_number)
     try:
-        if last_round < 0:
+        if saved_round < 0:
             finish_round(0, collections.OrderedDict(), state)
         while round_number < total_rounds and not _reached(best_accuracy, target_accuracy):
             start = time.monotonic()
@@ -161,6 +136,19 @@ def train(
     finally:
         save(round_number, state)
     return state
+
+
+def _load_latest_state(process, state_manager, directory, on_damaged):
+    """Returns the newest saved state that can be read and its round; the initial state and -1 if there is none."""
+    state = process.initialize()
+    for version in reversed(_run(state_manager.get_versions()) or []):
+        try:
+            return _run(state_manager.load(version, state)), version
+        except Exception as e:  # TF raises many kinds of errors for the many ways in which a SavedModel can be damaged.
+            path = directory / f"program_state_{version}"
+            path.rename(path.with_name(f"damaged_{path.name}_{time.time_ns()}"))
+            on_damaged(path, e)
+    return state, -1
 
 
 def _reached(best_accuracy, target_accuracy):

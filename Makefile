@@ -1,0 +1,41 @@
+# make train   sets up, and trains TASK on data that come with the packages (ARGS="--rounds=20 ..." for more flags)
+# make test    sets up, and passes the tests
+# make lock    pins the newest versions that pyproject.toml allows
+# make clean   removes all that the other targets brought, except for runs/
+
+TASK ?= mnist_2nn
+ARGS ?=
+
+# All that is downloaded stays in this directory, where `make clean` finds it.
+export UV_CACHE_DIR ?= $(CURDIR)/.uv/cache
+export UV_PYTHON_INSTALL_DIR ?= $(CURDIR)/.uv/python
+UV := $(or $(shell command -v uv),.uv/bin/uv)
+PYTHON := .venv/bin/python
+
+.PHONY: train test lock clean
+
+train: .venv/ready
+	$(PYTHON) -m binaries.train --task=$(TASK) --data=embedded --cache_dir=.uv/clients $(ARGS)
+
+test: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	$(PYTHON) -m pytest
+
+.venv/ready: requirements.lock pyproject.toml | $(UV)
+	$(UV) venv --quiet --clear --python 3.11 .venv
+	$(UV) pip install --quiet --python $(PYTHON) --no-deps --requirement requirements.lock
+	$(UV) pip install --quiet --python $(PYTHON) --no-deps --no-build-isolation --editable .
+	touch $@
+
+.uv/bin/uv:
+	python3 -m venv .uv || (echo "make: python3 has no venv: install it (python3-venv), or install uv" >&2; exit 1)
+	.uv/bin/python -m pip install --quiet --disable-pip-version-check uv
+
+lock: | $(UV)
+	$(UV) pip compile --quiet --upgrade --python-version 3.11 --extra dev --no-emit-index-url --no-annotate \
+		--custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
+
+clean:
+	rm -rf .venv .uv *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,75 @@
+"""Fixtures that several test modules share."""
+
+import collections
+import os
+import pathlib
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_fedavg.client_data import ClientDataset, write_client_dataset
+from tff_fedavg.runtime import local_worker
+
+NUM_FEATURES = 4
+NUM_CLASSES = 3
+
+
+@pytest.fixture(scope="session")
+def worker():
+    """A running TFF worker."""
+    with local_worker():
+        yield
+
+
+@pytest.fixture(scope="session")
+def full_data_dir():
+    """The directory with the full data sets, for tests that need them."""
+    if not (path := os.environ.get("TFF_FEDAVG_TEST_DATA")):
+        pytest.skip("TFF_FEDAVG_TEST_DATA does not name a directory with the full data sets")
+    return pathlib.Path(path)
+
+
+@pytest.fixture(scope="session")
+def client_arrays():
+    """Examples of six clients of unequal size, one of them empty."""
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "x": rng.normal(size=[n, NUM_FEATURES]).astype(np.float32),
+            "y": rng.integers(NUM_CLASSES, size=n).astype(np.uint8),
+        }
+        for n in (7, 1, 0, 20, 10, 12)
+    ]
+
+
+@pytest.fixture(scope="session")
+def client_dataset(tmp_path_factory, client_arrays):
+    directory = tmp_path_factory.mktemp("clients")
+    write_client_dataset(directory, client_arrays)
+    return ClientDataset(directory, lambda e: (e["x"], tf.cast(e["y"], tf.int32)))
+
+
+@pytest.fixture(scope="session")
+def model(client_dataset):
+    """A network with one hidden layer; the weights are W1, b1, W2, b2."""
+    tf.keras.utils.set_random_seed(0)
+    keras_model = tf.keras.Sequential(
+        [
+            tf.keras.layers.InputLayer([NUM_FEATURES]),
+            tf.keras.layers.Dense(5, activation="relu"),
+            tf.keras.layers.Dense(NUM_CLASSES),
+        ]
+    )
+    return tff.learning.models.functional_model_from_keras(
+        keras_model,
+        tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        client_dataset.batch_spec,
+        collections.OrderedDict(
+            loss=lambda: tf.keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="loss"),
+            accuracy=lambda: tf.keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
+        ),
+    )

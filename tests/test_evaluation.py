@@ -1,0 +1,25 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+from numpy_model import loss_and_gradient
+
+from tff_fedavg import build_fed_eval
+
+
+@pytest.mark.parametrize("batch_size", [3, 200])
+def test_metrics_are_those_over_all_examples_however_they_are_cut(
+    worker, model, client_arrays, client_dataset, batch_size
+):
+    weights = model.initial_weights[0]
+    x = np.concatenate([a["x"] for a in client_arrays])
+    y = np.concatenate([a["y"] for a in client_arrays])
+    loss, _ = loss_and_gradient(weights, x, y)
+    logits = np.maximum(x @ weights[0] + weights[1], 0) @ weights[2] + weights[3]
+    fed_eval = build_fed_eval(model, client_dataset, batch_size=batch_size)
+    metrics = fed_eval(tff.learning.models.ModelWeights(*model.initial_weights), list(range(6)))
+    assert metrics["accuracy"] == pytest.approx(np.mean(logits.argmax(axis=1) == y))
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["loss"] == pytest.approx(
+        tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)(y, logits).numpy(), rel=1e-5
+    )

@@ -1,0 +1,169 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+from numpy_model import client_update, loss_and_gradient, max_difference
+
+from tff_fedavg import build_fed_avg, build_fed_sgd
+from tff_fedavg.client_update import minibatch_seed
+
+CLIENTS = [0, 1, 3, 4]  # 7, 1, 20 and 10 examples.
+
+
+def split(seed, round_number, client_id, num_examples):
+    key = minibatch_seed(seed, tf.constant(round_number), tf.constant(client_id))
+    return tf.random.experimental.stateless_shuffle(tf.range(num_examples), key).numpy()
+
+
+def weights_of(state):
+    return state.global_model_weights.trainable
+
+
+def tff_fed_avg_rounds(model, client_arrays, *, epochs, batch_size, learning_rate, rounds):
+    """The same rounds by TFF's own FedAvg, fed with the same batches."""
+    process = tff.learning.algorithms.build_weighted_fed_avg(
+        model, tff.learning.optimizers.build_sgdm(learning_rate), tff.learning.optimizers.build_sgdm(1.0)
+    )
+    state = process.initialize()
+    for t in range(rounds):
+        datasets = []
+        for k in CLIENTS:
+            order = split(0, t, k, len(client_arrays[k]["y"]))
+            x, y = client_arrays[k]["x"][order], client_arrays[k]["y"][order].astype(np.int32)
+            datasets.append(tf.data.Dataset.from_tensor_slices((x, y)).batch(batch_size).repeat(epochs))
+        state, metrics = process.next(state, datasets)
+    return weights_of(state), metrics
+
+
+def run_rounds(process, rounds, clients=CLIENTS):
+    state = process.initialize()
+    for _ in range(rounds):
+        state, metrics = process.next(state, clients)
+    return state, metrics
+
+
+@pytest.mark.parametrize(("epochs", "batch_size"), [(1, 10), (2, 3), (3, 50)])
+def test_rounds_equal_those_of_tffs_own_fed_avg(worker, model, client_arrays, client_dataset, epochs, batch_size):
+    settings = dict(epochs=epochs, batch_size=batch_size, learning_rate=0.1)
+    state, metrics = run_rounds(build_fed_avg(model, client_dataset, **settings), 3)
+    expected, expected_metrics = tff_fed_avg_rounds(model, client_arrays, **settings, rounds=3)
+    assert max_difference(weights_of(state), expected) < 1e-5
+    train = metrics["client_work"]["train"]
+    assert train["num_examples"] == 38
+    assert train["loss"] == pytest.approx(expected_metrics["client_work"]["train"]["loss"], rel=1e-5)
+
+
+def test_a_round_averages_the_clients_weights_by_their_number_of_examples(worker, model, client_arrays, client_dataset):
+    """w_{t+1} = sum_k (n_k / m_t) w^k_{t+1}, by hand. Client 2 has no examples, and weight 0."""
+    clients = [0, 1, 2, 3, 4]
+    state, _ = run_rounds(build_fed_avg(model, client_dataset, epochs=2, batch_size=5, learning_rate=0.1), 1, clients)
+    w_0 = model.initial_weights[0]
+    expected = [np.zeros_like(w, float) for w in w_0]
+    for k in clients:
+        n_k = len(client_arrays[k]["y"])
+        order = split(0, 0, k, n_k)
+        w_k = client_update(
+            w_0, client_arrays[k]["x"], client_arrays[k]["y"], order, epochs=2, batch_size=5, learning_rate=0.1
+        )
+        expected = [e + n_k / 38 * w for e, w in zip(expected, w_k)]
+    assert max_difference(weights_of(state), expected) < 1e-5
+
+
+def test_a_round_of_empty_clients_changes_nothing(worker, model, client_dataset):
+    for process in (
+        build_fed_avg(model, client_dataset, epochs=1, batch_size=5, learning_rate=0.1),
+        build_fed_sgd(model, client_dataset, learning_rate=0.1),
+    ):
+        state, metrics = run_rounds(process, 1, [2])
+        assert max_difference(weights_of(state), model.initial_weights[0]) == 0
+        assert metrics["client_work"]["train"]["loss"] == 0
+
+
+def test_fed_sgd_is_one_gradient_step_on_the_data_of_all_clients(worker, model, client_arrays, client_dataset):
+    state, metrics = run_rounds(build_fed_sgd(model, client_dataset, learning_rate=0.5), 1)
+    x = np.concatenate([client_arrays[k]["x"] for k in CLIENTS])
+    y = np.concatenate([client_arrays[k]["y"] for k in CLIENTS])
+    loss, gradient = loss_and_gradient(model.initial_weights[0], x, y)
+    expected = [w - 0.5 * g for w, g in zip(model.initial_weights[0], gradient)]
+    assert max_difference(weights_of(state), expected) < 1e-6
+    assert metrics["client_work"]["train"]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_fed_sgd_is_fed_avg_with_one_epoch_and_infinite_batches(worker, model, client_dataset):
+    sgd, _ = run_rounds(build_fed_sgd(model, client_dataset, learning_rate=0.5), 4)
+    avg, _ = run_rounds(build_fed_avg(model, client_dataset, epochs=1, batch_size=None, learning_rate=0.5), 4)
+    assert max_difference(weights_of(sgd), weights_of(avg)) < 1e-5
+
+
+def test_same_seed_gives_bit_equal_weights_and_another_seed_does_not(worker, model, client_dataset):
+    runs = []
+    for seed in (0, 0, 1):
+        process = build_fed_avg(model, client_dataset, epochs=2, batch_size=3, learning_rate=0.1, seed=seed)
+        runs.append(weights_of(run_rounds(process, 3)[0]))
+    assert max_difference(runs[0], runs[1]) == 0
+    assert max_difference(runs[0], runs[2]) > 0
+
+
+def test_clients_split_their_data_anew_in_every_round(worker, model, client_dataset):
+    """Two rounds from the same weights, numbered 0 and 1, differ by the order of the minibatches alone."""
+    process = build_fed_avg(model, client_dataset, epochs=1, batch_size=3, learning_rate=0.1)
+    state = process.initialize()
+    first, _ = process.next(state, CLIENTS)
+    again = process.set_model_weights(first, process.get_model_weights(state))
+    second, _ = process.next(again, CLIENTS)
+    assert (first.client_work, second.client_work) == (1, 2)
+    assert max_difference(weights_of(first), weights_of(second)) > 0
+
+
+def test_server_optimizer_applies_the_averaged_update(worker, model, client_dataset):
+    settings = dict(epochs=1, batch_size=5, learning_rate=0.1)
+    plain, _ = run_rounds(build_fed_avg(model, client_dataset, **settings), 1)
+    half = tff.learning.optimizers.build_sgdm(0.5)
+    damped, _ = run_rounds(build_fed_avg(model, client_dataset, **settings, server_optimizer=half), 1)
+    expected = [(a + b) / 2 for a, b in zip(model.initial_weights[0], weights_of(plain))]
+    assert max_difference(weights_of(damped), expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "build_aggregator",
+    [
+        lambda: tff.aggregators.UnweightedMeanFactory(),
+        lambda: tff.learning.robust_aggregator(),
+        lambda: tff.learning.compression_aggregator(),
+        lambda: tff.learning.dp_aggregator(0.01, 4.0),
+    ],
+    ids=["unweighted", "robust", "compression", "dp"],
+)
+def test_aggregators_of_tff_drop_in(worker, model, client_dataset, build_aggregator):
+    process = build_fed_avg(
+        model, client_dataset, epochs=1, batch_size=5, learning_rate=0.1, aggregator=build_aggregator()
+    )
+    state, metrics = run_rounds(process, 2)
+    assert all(np.all(np.isfinite(w)) for w in weights_of(state))
+    assert max_difference(weights_of(state), model.initial_weights[0]) > 0
+    assert metrics["finalizer"]["update_non_finite"] == 0
+
+
+def test_unweighted_aggregator_weights_all_clients_alike(worker, model, client_arrays, client_dataset):
+    process = build_fed_sgd(
+        model, client_dataset, learning_rate=0.5, aggregator=tff.aggregators.UnweightedMeanFactory()
+    )
+    state, _ = run_rounds(process, 1)
+    w_0 = model.initial_weights[0]
+    gradients = [loss_and_gradient(w_0, client_arrays[k]["x"], client_arrays[k]["y"])[1] for k in CLIENTS]
+    expected = [w - 0.5 * np.mean(g, axis=0) for w, g in zip(w_0, zip(*gradients))]
+    assert max_difference(weights_of(state), expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(epochs=0), r"epochs \(E\) is 0; it must be at least 1"),
+        (dict(batch_size=0), r"batch_size \(B\) is 0; it must be at least 1, or None"),
+        (dict(learning_rate=-0.1), r"learning_rate \(eta\) is -0.1; it must be a number above 0"),
+        (dict(learning_rate=float("nan")), r"learning_rate \(eta\) is nan"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(model, client_dataset, change, message):
+    with pytest.raises(ValueError, match=message):
+        build_fed_avg(model, client_dataset, **{"epochs": 1, "batch_size": 5, "learning_rate": 0.1, **change})

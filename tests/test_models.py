@@ -1,0 +1,19 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tff_fedavg import models
+
+
+@pytest.mark.parametrize(("build", "count"), [(models.mnist_2nn, 199_210), (models.mnist_cnn, 1_663_370)])
+def test_parameter_count_is_the_papers(build, count):
+    model = build()
+    assert sum(np.prod(w.shape) for w in model.trainable_weights) == count
+    assert not model.non_trainable_weights
+
+
+@pytest.mark.parametrize("build", [models.mnist_2nn, models.mnist_cnn])
+def test_outputs_are_ten_logits(build):
+    outputs = build()(tf.random.stateless_normal([7, 28, 28], [0, 0])).numpy()
+    assert outputs.shape == (7, 10)
+    assert outputs.min() < 0  # Neither ReLU nor softmax comes after the last layer.

@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tff_fedavg import partition
+
+LABELS = np.repeat(np.arange(10), 6000)[np.random.default_rng(1).permutation(60000)]
+
+sizes_and_clients = st.integers(2, 300).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n // 2)))
+
+
+def assert_exact_cover(clients, num_examples):
+    np.testing.assert_array_equal(np.sort(np.concatenate(clients)), np.arange(num_examples))
+
+
+@given(sizes_and_clients, st.integers(0, 2**31))
+def test_every_partition_is_an_exact_cover_with_no_empty_client(size, seed):
+    n, k = size
+    labels = np.random.default_rng(seed).integers(10, size=n)
+    for clients in (
+        partition.iid(n, k, seed),
+        partition.pathological(labels, k, seed),
+        partition.unbalanced_iid(n, k, seed),
+        partition.unbalanced_pathological(labels, k, seed),
+    ):
+        assert len(clients) == k
+        assert min(map(len, clients)) > 0
+        assert_exact_cover(clients, n)
+
+
+@given(st.lists(st.integers(0, 20), min_size=1))
+def test_natural_partition_gives_each_owner_exactly_its_examples(owners):
+    owners = np.array(owners)
+    clients = partition.natural(owners)
+    assert len(clients) == len(set(owners))
+    assert all(len(set(owners[c])) == 1 for c in clients)
+    assert_exact_cover(clients, len(owners))
+
+
+def test_iid_mnist_has_600_examples_a_client_of_all_labels():
+    clients = partition.iid(60000, 100, 0)
+    assert {len(c) for c in clients} == {600}
+    assert all(len(set(LABELS[c])) == 10 for c in clients)
+
+
+def test_pathological_mnist_has_two_labels_at_most_and_600_examples_a_client():
+    clients = partition.pathological(LABELS, 100, 0)
+    assert {len(c) for c in clients} == {600}
+    # 6,000 digits of each class are 20 shards of 300, so here no shard has two labels.
+    assert max(len(set(LABELS[c])) for c in clients) == 2
+
+
+def test_pathological_clients_hold_two_runs_of_the_examples_sorted_by_label():
+    by_label = np.argsort(LABELS, kind="stable")
+    rank = np.empty_like(by_label)
+    rank[by_label] = np.arange(len(by_label))
+    for client in partition.pathological(LABELS, 100, 3):
+        shards = rank[client].reshape(2, 300)
+        np.testing.assert_array_equal(shards, shards[:, :1] + np.arange(300))
+        assert all(shards[:, 0] % 300 == 0)
+
+
+def test_unbalanced_sizes_are_log_normal():
+    for clients, sigma in (
+        (partition.unbalanced_iid(10**6, 2000, 0), 1.0),
+        (partition.unbalanced_pathological(np.zeros(10**6), 2000, 0, shards_per_client=1), 1.0),
+    ):
+        logs = np.log([len(c) for c in clients])
+        assert np.std(logs) == pytest.approx(sigma, abs=0.05)
+        skewness = np.mean((logs - logs.mean()) ** 3) / np.std(logs) ** 3
+        assert abs(skewness) < 0.2
+
+
+def test_same_seed_same_partition_other_seed_other_partition():
+    for build in (
+        lambda seed: partition.iid(600, 10, seed),
+        lambda seed: partition.pathological(LABELS[:600], 10, seed),
+        lambda seed: partition.unbalanced_iid(600, 10, seed),
+        lambda seed: partition.unbalanced_pathological(LABELS[:600], 10, seed),
+    ):
+        first, again, other = build(0), build(0), build(1)
+        assert all(np.array_equal(a, b) for a, b in zip(first, again))
+        assert not all(np.array_equal(a, b) for a, b in zip(first, other))
+
+
+def test_more_pieces_than_examples_are_refused():
+    with pytest.raises(ValueError, match="11 clients need 11 pieces of data, but there are 10 examples"):
+        partition.iid(10, 11, 0)
+    with pytest.raises(ValueError, match="6 clients need 12 pieces of data, but there are 10 examples"):
+        partition.pathological(np.zeros(10), 6, 0)
+    with pytest.raises(ValueError, match="must be at least 1"):
+        partition.unbalanced_iid(10, 0, 0)

@@ -1,0 +1,214 @@
+"""The program `binaries/train.py`, run as a user runs it."""
+
+import csv
+import json
+import pathlib
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import tensorflow as tf
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def command(run_dir, *flags):
+    return [
+        sys.executable,
+        "-m",
+        "binaries.train",
+        "--data=embedded",
+        f"--cache_dir={run_dir.parent}/cache",
+        f"--run_dir={run_dir}",
+        *flags,
+    ]
+
+
+def train(run_dir, *flags, **kwargs):
+    return subprocess.run(command(run_dir, *flags), capture_output=True, text=True, cwd=ROOT, timeout=120, **kwargs)
+
+
+def metrics(run_dir):
+    """Rows of metrics.csv, without the one column that is not the same in every run."""
+    path = run_dir / "metrics.csv"
+    if not path.exists():
+        return []
+    with open(path) as file:
+        return [{k: v for k, v in row.items() if k != "training_time_in_seconds"} for row in csv.DictReader(file)]
+
+
+def saved_weights(run_dir, round_number):
+    reader = tf.train.load_checkpoint(run_dir / "states" / f"program_state_{round_number}" / "variables" / "variables")
+    dtypes = reader.get_variable_to_dtype_map()
+    return {name: reader.get_tensor(name).tobytes() for name, dtype in dtypes.items() if dtype == tf.float32}
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--task=mnist_3nn", "--task=mnist_3nn: value should be one of <mnist_2nn|mnist_cnn>"),
+        ("--data=mnist6k", "--data is mnist6k; mnist_2nn takes mnist, mnist5k"),
+        ("--partition=dirichlet", "--partition is dirichlet; mnist_2nn takes iid, pathological"),
+        ("--client_fraction=1.5", "--client_fraction=1.5"),
+        ("--local_epochs=0", "--local_epochs=0"),
+        ("--batch_size=-1", "--batch_size=-1"),
+        ("--learning_rate=-0.1", "--learning_rate=-0.1: eta must be a number above 0"),
+        ("--learning_rate=nan", "--learning_rate=nan: eta must be a number above 0"),
+        ("--clients=0", "--clients=0"),
+        ("--seed=-1", "--seed=-1"),
+        ("--rounds=many", "--rounds=many"),
+        ("--epochs=5", "Unknown command line flag 'epochs'"),
+        ("rounds=5", "unknown argument 'rounds=5'"),
+        ("--flagfile=missing", "missing"),
+    ],
+)
+def test_bad_flags_get_one_line_at_once_and_nothing_is_written(tmp_path, flag, message):
+    started = time.monotonic()
+    result = train(tmp_path / "run", flag)
+    assert time.monotonic() - started < 3
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("train: ") and result.stderr.count("\n") == 1
+    assert message in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ["--local_epochs=5", "--batch_size=10"])
+def test_flags_that_contradict_fedsgd_are_refused(tmp_path, flag):
+    result = train(tmp_path / "run", "--algorithm=fedsgd", flag)
+    assert result.returncode == 2
+    assert "but --algorithm=fedsgd has E = 1 and B = inf: leave it out" in result.stderr
+
+
+def test_help_names_the_papers_symbols_and_is_quick():
+    started = time.monotonic()
+    program = [sys.executable, "-m", "binaries.train", "--help"]
+    result = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert time.monotonic() - started < 3
+    for text in ("C, the fraction", "E, epochs", "B, the local minibatch size", "eta, the learning rate", "K, the"):
+        assert text in result.stdout
+
+
+# Rounds of about 0.1 s, which leave time to interrupt the program in the middle.
+FLAGS = ("--local_epochs=20", "--rounds=40", "--target_accuracy=1", "--eval_every=2")
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """The directory of a run of 40 rounds that nothing interrupted, and its result."""
+    run_dir = tmp_path_factory.mktemp("train") / "run"
+    return run_dir, train(run_dir, *FLAGS)
+
+
+def test_run_reports_its_progress_and_outcome_without_noise(finished_run):
+    run_dir, result = finished_run
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("round 0/40  accuracy 0.")
+    # 199,210 weights of 4 bytes, 10 clients, 40 rounds.
+    assert re.fullmatch(
+        r"40 rounds, best accuracy 0\.9\d+, rounds to 1: not reached, "
+        r"\d+\.\d s of training, 318\.7 MB up, 318\.7 MB down; see .*",
+        lines[-1],
+    )
+
+
+def test_run_leaves_all_that_the_readme_names(finished_run):
+    run_dir, _ = finished_run
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["settings"]["learning_rate"] == 0.1
+    assert config["settings"]["data"] == "mnist5k"
+    assert len(config["settings"]["data_checksums"]["mnist_5k.csv.gz"]) == 64
+    assert config["versions"]["tensorflow-federated"] == "0.87.0"
+    assert (run_dir / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (run_dir / "states" / "program_state_40").is_dir()
+    steps = {
+        event.step
+        for path in (run_dir / "tensorboard").iterdir()
+        for event in tf.compat.v1.train.summary_iterator(str(path))
+        if event.summary.value
+    }
+    assert steps == set(range(41))
+    rows = metrics(run_dir)
+    assert [int(row["round_num"]) for row in rows] == list(range(41))
+    assert [row["evaluation/accuracy"] != "" for row in rows] == [True, False] * 20 + [True]
+    assert float(rows[40]["evaluation/accuracy"]) > 0.9
+    assert all(int(row["client_work/train/num_examples"]) == 400 for row in rows[1:])
+
+
+def test_finished_run_started_again_only_reports_its_outcome(finished_run):
+    run_dir, first = finished_run
+    rows = metrics(run_dir)
+    again = train(run_dir, *FLAGS)
+    assert again.returncode == 0
+    assert again.stdout.splitlines()[0].startswith("going on after round 40 of the run in")
+    assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+    assert metrics(run_dir) == rows
+
+
+def test_another_flag_for_the_same_run_directory_is_refused_by_name(finished_run):
+    run_dir, _ = finished_run
+    rows = metrics(run_dir)
+    result = train(run_dir, *FLAGS, "--learning_rate=0.2")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"train: run_dir={run_dir} holds a run with learning_rate=0.1, not 0.2: give another run_dir to start a new run\n"
+    )
+    assert metrics(run_dir) == rows
+
+
+def test_run_that_is_interrupted_killed_and_resumed_ends_bit_equal(finished_run):
+    straight, _ = finished_run
+    run_dir = straight.parent / "interrupted"
+    # SIGKILL leaves no time to save: those rounds are computed again.
+    for signal_number, last_round, status in (
+        (signal.SIGINT, 5, 130),
+        (signal.SIGKILL, 15, -9),
+        (signal.SIGTERM, 25, 143),
+    ):
+        program = subprocess.Popen(
+            command(run_dir, *FLAGS), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        deadline = time.monotonic() + 100
+        while len(metrics(run_dir)) <= last_round and time.monotonic() < deadline:
+            time.sleep(0.05)
+        workers = psutil.Process(program.pid).children()
+        program.send_signal(signal_number)
+        _, errors = program.communicate(timeout=5)
+        assert program.returncode == status, errors
+        assert errors.count("\n") <= 1
+        assert psutil.wait_procs(workers, timeout=5)[1] == []
+    result = train(run_dir, *FLAGS)
+    assert result.stdout.splitlines()[0].startswith("going on after round ")
+    assert metrics(run_dir) == metrics(straight)
+    assert saved_weights(run_dir, 40) == saved_weights(straight, 40) != {}
+
+
+def test_full_disk_ends_the_run_with_one_line(finished_run):
+    """No file may grow beyond 300 kB, less than a state of 800 kB."""
+    run_dir = finished_run[0].parent / "full"
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))  # noqa: E731
+    result = train(run_dir, *FLAGS, "--rounds=2", preexec_fn=limit)
+    assert result.returncode == 2
+    assert result.stderr.startswith("train: the state of round 2 could not be written: ")
+    assert result.stderr.count("\n") == 1
+    assert len(metrics(run_dir)) == 3
+    result = train(run_dir, *FLAGS, "--seed=1", preexec_fn=limit)
+    assert result.returncode == 2
+    assert result.stderr.startswith("train: the client files could not be written to ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_loss_that_is_not_finite_ends_the_run_with_the_round_and_the_rate(finished_run):
+    run_dir = finished_run[0].parent / "diverged"
+    result = train(run_dir, *FLAGS, "--learning_rate=1e20")
+    assert result.returncode == 2
+    assert re.fullmatch(
+        r"train: round 1 diverged: its training loss is (nan|inf) at learning_rate=1e\+20; .* keeps the state before it\n",
+        result.stderr,
+    )
+    assert (run_dir / "states" / "program_state_0").is_dir()
