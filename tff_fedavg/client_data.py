@@ -40,6 +40,7 @@ class ClientDataset:
       directory: Where the files are.
       element_spec: Ordered mapping from feature name to the `tf.TensorSpec` of one stored example.
       num_examples: int64 `[K]`, n_k of every client.
+      preprocess_fn: Maps a batch of stored examples to the `(x, y)` that the model takes.
     """
 
     def __init__(self, directory: str | os.PathLike[str], preprocess_fn: PreprocessFn):
@@ -47,14 +48,14 @@ class ClientDataset:
 
         Args:
           directory: The directory.
-          preprocess_fn: Maps a batch of stored examples (mapping from feature name to a tensor `[batch, ...]`) to the
-            `(x, y)` that the model takes. Runs in the graph, on every batch.
+          preprocess_fn: Maps a batch of stored examples (mapping from feature name to a tensor `[batch, ...]`) to
+            `(x, y)`. Runs in the graph.
 
         Raises:
           ValueError: If a file is missing, has the wrong size or the wrong checksum.
         """
         self.directory = pathlib.Path(directory).absolute()
-        self._preprocess_fn = preprocess_fn
+        self.preprocess_fn = preprocess_fn
         try:
             manifest = json.loads((self.directory / "manifest.json").read_text())
         except (OSError, ValueError) as e:
@@ -83,7 +84,7 @@ class ClientDataset:
         batched = collections.OrderedDict(
             (name, tf.TensorSpec([None, *spec.shape], spec.dtype)) for name, spec in self.element_spec.items()
         )
-        outputs = tf.function(self._preprocess_fn).get_concrete_function(batched).structured_outputs
+        outputs = tf.function(self.preprocess_fn).get_concrete_function(batched).structured_outputs
         return tuple(tf.TensorSpec(t.shape, t.dtype) for t in outputs)
 
     def read(self, client_id: tf.Tensor) -> tf.Tensor:
@@ -120,7 +121,7 @@ class ClientDataset:
             if spec.dtype != tf.uint8:
                 content = tf.bitcast(tf.reshape(content, [-1, *spec.shape, spec.dtype.size]), spec.dtype)
             features[name] = tf.reshape(content, [-1, *spec.shape])
-        return self._preprocess_fn(features)
+        return self.preprocess_fn(features)
 
     def load(self, client_id: int) -> dict[str, np.ndarray]:
         """Returns the stored examples of one client as arrays `[n_k, ...]`, outside any graph."""
