@@ -5,6 +5,7 @@
 Started again with the same --run_dir, it goes on where it was.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -229,4 +230,7 @@ def _fail(message: str, status: int = _FAILED) -> None:
 if __name__ == "__main__":
     # Not `app.run`: below it Keras 2.14 makes no symbolic inputs when TensorFlow was not imported before.
     app.define_help_flags()
-    main(_parse_flags(sys.argv))
+    try:
+        main(_parse_flags(sys.argv))
+    finally:
+        gc.freeze()  # Python's last collections would take a second or two on what TensorFlow has imported.
