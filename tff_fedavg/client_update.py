@@ -96,4 +96,5 @@ def _loss_and_gradient(model, weights, batch):
         tape.watch(weights)
         predictions = model.predict_on_batch((weights, ()), x, training=True)
         loss = model.loss(predictions, y)
-    return loss, tape.gradient(loss, weights)
+    # The gradient of an embedding comes as the rows that the batch touched.
+    return loss, [tf.convert_to_tensor(g) for g in tape.gradient(loss, weights)]

@@ -2,6 +2,8 @@
 
 import tensorflow as tf
 
+from tff_fedavg.layers import PeepholeLSTM
+
 
 def mnist_2nn() -> tf.keras.Model:
     """MNIST 2NN: two hidden layers of 200 ReLU units; 199,210 parameters. `[batch, 28, 28]` to `[batch, 10]`."""
@@ -34,5 +36,23 @@ def mnist_cnn() -> tf.keras.Model:
             tf.keras.layers.Flatten(),
             tf.keras.layers.Dense(512, activation="relu"),
             tf.keras.layers.Dense(10),
+        ]
+    )
+
+
+def char_lstm() -> tf.keras.Model:
+    """Shakespeare LSTM: 866,578 parameters. int32 `[batch, time]` to `[batch, time, 258]`.
+
+    Characters embedded in 8 dimensions, two LSTM layers of 256 units, and for every character the logits of the next.
+    The count of parameters is met by LSTMs with peepholes and 258 symbols only: the 256 values of a byte and two more,
+    to whose meaning the model is blind.
+    """
+    return tf.keras.Sequential(
+        [
+            tf.keras.layers.InputLayer([None], dtype=tf.int32),
+            tf.keras.layers.Embedding(258, 8),
+            PeepholeLSTM(256),
+            PeepholeLSTM(256),
+            tf.keras.layers.Dense(258),
         ]
     )
