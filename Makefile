@@ -24,7 +24,7 @@ test: .venv/ready
 
 .venv/ready: requirements.lock pyproject.toml | $(UV)
 	$(UV) venv --quiet --clear --python 3.11 .venv
-	$(UV) pip install --quiet --python $(PYTHON) --no-deps --requirement requirements.lock
+	$(UV) pip install --python $(PYTHON) --no-deps --requirement requirements.lock
 	$(UV) pip install --quiet --python $(PYTHON) --no-deps --no-build-isolation --editable .
 	touch $@
 

@@ -36,7 +36,9 @@ _CLIENT_FRACTION = flags.DEFINE_float(
 )
 _LOCAL_EPOCHS = flags.DEFINE_integer("local_epochs", 5, "E, epochs of local SGD in a round.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 10, "B, the local minibatch size; 0 is B = inf.", lower_bound=0)
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.1, "eta, the learning rate.")
+_LEARNING_RATE = flags.DEFINE_float(
+    "learning_rate", None, "eta, the learning rate; by default one that the paper names for the model."
+)
 _ALGORITHM = flags.DEFINE_enum(
     "algorithm", "fedavg", ["fedavg", "fedsgd"], "Federated Averaging, or FedSGD (E = 1, B = inf)."
 )
@@ -55,7 +57,9 @@ _SEED = flags.DEFINE_integer(
 _RUN_DIR = flags.DEFINE_string("run_dir", None, "Where the run is kept; by default runs/TASK.")
 
 
-flags.register_validator("learning_rate", lambda rate: 0 < rate < float("inf"), "eta must be a number above 0")
+flags.register_validator(
+    "learning_rate", lambda rate: rate is None or 0 < rate < float("inf"), "eta must be a number above 0"
+)
 
 # Settings that say when to stop, not what the run computes.
 _MAY_DIFFER = ("rounds", "target_accuracy")
@@ -167,8 +171,10 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     run_dir = os.path.expanduser(_RUN_DIR.value or f"runs/{_TASK.value}")
     try:
+        settings = _settings()
+        print(_description(settings, run_dir), flush=True)
         run(
-            _settings(),
+            settings,
             data_dir=os.path.expanduser(_DATA_DIR.value),
             cache_dir=os.path.expanduser(_CACHE_DIR.value),
             run_dir=run_dir,
@@ -198,7 +204,7 @@ def _settings() -> dict[str, Any]:
         "client_fraction": _CLIENT_FRACTION.value,
         "local_epochs": 1 if fedsgd else _LOCAL_EPOCHS.value,
         "batch_size": 0 if fedsgd else _BATCH_SIZE.value,
-        "learning_rate": _LEARNING_RATE.value,
+        "learning_rate": entry.learning_rate if _LEARNING_RATE.value is None else _LEARNING_RATE.value,
         "algorithm": _ALGORITHM.value,
         "rounds": _ROUNDS.value,
         "eval_every": _EVAL_EVERY.value,
@@ -209,6 +215,13 @@ def _settings() -> dict[str, Any]:
         if settings[name] not in values:
             raise ValueError(f"--{name} is {settings[name]}; {_TASK.value} takes {', '.join(values)}")
     return settings
+
+
+def _description(settings: Mapping[str, Any], run_dir: str) -> str:
+    return (
+        "{algorithm} on {task}, {data}, {partition}, with C = {client_fraction:g}, E = {local_epochs}, B = {b}, "
+        "eta = {learning_rate:g}, in {run_dir} (TensorFlow takes some seconds to start)"
+    ).format(**settings, b=settings["batch_size"] or "inf", run_dir=run_dir)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
