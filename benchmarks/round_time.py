@@ -1,16 +1,21 @@
-"""Seconds a round: this project beside TFF's own FedAvg, on the same model, data, batches and machine.
+"""Seconds and CPU seconds a round: this project beside TFF's own FedAvg, on the same data, batches and machine.
 
-    python -m benchmarks.round_time --task=mnist_2nn --data=mnist --data_dir=...
+    python -m benchmarks.round_time --task=mnist_2nn
+    python -m benchmarks.round_time --task=shakespeare_lstm
 
-The systems take turns within one run, so a machine that is slow for a while is slow for all of them.
+The systems take turns within one run, so a machine that is slow for a while is slow for all of them. The times are
+medians; the ratios are those to this project. For the LSTM, TFF gets the layer that Keras users would write, and this
+project's loop runs with Keras's LSTM layers too, which shows what `tff_fedavg.layers.PeepholeLSTM` alone brings.
 """
 
+import collections
 import os
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
+import psutil
 import tensorflow as tf
 import tensorflow_federated as tff
 from absl import app, flags
@@ -30,9 +35,41 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed rounds of each system, afte
 _LEARNING_RATE = 0.1
 
 
-def build_rounds(task, model):
-    """Returns, by name of the system, a function that runs one round from the initial weights."""
-    client_ids = list(range(_CLIENTS_PER_ROUND.value))
+class PeepholeLSTMCell(tf.keras.layers.LSTMCell):
+    """Keras's LSTM cell with the peepholes that its former `PeepholeLSTMCell` had."""
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.peepholes = [self.add_weight(name, (self.units,)) for name in ("input", "forget", "output")]
+
+    def _compute_carry_and_output_fused(self, z, c_tm1):
+        p_i, p_f, p_o = self.peepholes
+        i = self.recurrent_activation(z[0] + p_i * c_tm1)
+        f = self.recurrent_activation(z[1] + p_f * c_tm1)
+        c = f * c_tm1 + i * self.activation(z[2])
+        return c, self.recurrent_activation(z[3] + p_o * c)
+
+
+def lstm_network(layer):
+    return lambda: tf.keras.Sequential(
+        [
+            tf.keras.layers.InputLayer([None], dtype=tf.int32),
+            tf.keras.layers.Embedding(258, 8),
+            layer(),
+            layer(),
+            tf.keras.layers.Dense(258),
+        ]
+    )
+
+
+keras_lstm_network = lstm_network(lambda: tf.keras.layers.LSTM(256, return_sequences=True))
+keras_peephole_network = lstm_network(
+    lambda: tf.keras.layers.RNN(PeepholeLSTMCell(256, implementation=2), return_sequences=True)
+)
+
+
+def build_our_round(task, keras_model_fn):
+    model = tff.learning.models.functional_model_from_keras(keras_model_fn, task.loss, task.train.batch_spec)
     process = tff_fedavg.build_fed_avg(
         model,
         task.train,
@@ -41,40 +78,57 @@ def build_rounds(task, model):
         learning_rate=_LEARNING_RATE,
     )
     state = process.initialize()
-    rounds = {"tff_fedavg": lambda: process.next(state, client_ids)}
+    return lambda: process.next(state, list(range(_CLIENTS_PER_ROUND.value)))
 
-    # The data as a user of TFF has them: examples in memory, preprocessed and batched by tf.data.
+
+def build_tff_round(task, keras_model_fn, loop_implementation):
+    """TFF's FedAvg as its users have it: examples in memory, batched by tf.data, in TFF's own runtime."""
     datasets = [
-        tf.data.Dataset.from_tensor_slices(task.train.load(k)).batch(_BATCH_SIZE.value).repeat(_LOCAL_EPOCHS.value)
-        for k in client_ids
+        tf.data.Dataset.from_tensor_slices(task.train.load(k))
+        .batch(_BATCH_SIZE.value)
+        .map(task.train.preprocess_fn)
+        .repeat(_LOCAL_EPOCHS.value)
+        for k in range(_CLIENTS_PER_ROUND.value)
     ]
-    datasets = [dataset.map(task.train.preprocess_fn) for dataset in datasets]
-    # TFF's own runtime, with its own worker and settings.
+    process = tff.learning.algorithms.build_weighted_fed_avg(
+        lambda: tff.learning.models.from_keras_model(keras_model_fn(), task.loss, input_spec=task.train.batch_spec),
+        client_optimizer_fn=tff.learning.optimizers.build_sgdm(_LEARNING_RATE),
+        loop_implementation=loop_implementation,
+    )
     context = tff.backends.native.create_sync_local_cpp_execution_context()
-    for name, loop in (
-        ("build_weighted_fed_avg, default", tff.learning.LoopImplementation.DATASET_REDUCE),
-        ("build_weighted_fed_avg, iterator", tff.learning.LoopImplementation.DATASET_ITERATOR),
-    ):
-        reference = tff.learning.algorithms.build_weighted_fed_avg(
-            model,
-            client_optimizer_fn=tff.learning.optimizers.build_sgdm(_LEARNING_RATE),
-            loop_implementation=loop,
-        )
+    with tff.framework.get_context_stack().install(context):
+        state = process.initialize()
+
+    def run_round():
         with tff.framework.get_context_stack().install(context):
-            reference_state = reference.initialize()
+            return process.next(state, datasets)
 
-        def reference_round(reference=reference, reference_state=reference_state):
-            with tff.framework.get_context_stack().install(context):
-                return reference.next(reference_state, datasets)
+    return run_round
 
-        rounds[name] = reference_round
+
+def build_rounds(task):
+    """Returns, by name of the system, a function that runs one round from the initial weights."""
+    reduce, iterator = tff.learning.LoopImplementation.DATASET_REDUCE, tff.learning.LoopImplementation.DATASET_ITERATOR
+    keras_model_fn = task.keras_model_fn
+    rounds = {"tff_fedavg": build_our_round(task, keras_model_fn)}
+    if task.name == "shakespeare_lstm":
+        rounds["tff_fedavg, Keras LSTM"] = build_our_round(task, keras_lstm_network)
+        keras_model_fn = keras_peephole_network
+    rounds["build_weighted_fed_avg, default"] = build_tff_round(task, keras_model_fn, reduce)
+    rounds["build_weighted_fed_avg, iterator"] = build_tff_round(task, keras_model_fn, iterator)
     return rounds
+
+
+def cpu_seconds():
+    """CPU time of this program and of its workers."""
+    processes = [psutil.Process(), *psutil.Process().children()]
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
 def main(argv):
     del argv
+    entry = tasks.TASKS[_TASK.value]
     with tff_fedavg.local_worker():
-        entry = tasks.TASKS[_TASK.value]
         task = tasks.build_task(
             _TASK.value,
             data=_DATA.value or entry.embedded,
@@ -84,17 +138,24 @@ def main(argv):
             clients=None,
             seed=0,
         )
-        rounds = build_rounds(task, task.build_model(0))
-        seconds = {name: [] for name in rounds}
+        rounds = build_rounds(task)
+        seconds, cpu = collections.defaultdict(list), collections.defaultdict(list)
         for repeat in range(_REPEATS.value + 1):
             for name, run_round in rounds.items():
-                start = time.monotonic()
+                start, cpu_start = time.monotonic(), cpu_seconds()
                 run_round()
                 if repeat > 0:
                     seconds[name].append(time.monotonic() - start)
-        ours = np.median(seconds["tff_fedavg"])
-        for name, values in seconds.items():
-            print(f"{name:34} {np.median(values):8.3f} s a round   {np.median(values) / ours:5.2f}x")
+                    cpu[name].append(cpu_seconds() - cpu_start)
+        for name in rounds:
+            wall, cpu_time = np.median(seconds[name]), np.median(cpu[name])
+            print(
+                f"{name:34} {wall:8.3f} s {wall / np.median(seconds['tff_fedavg']):6.2f}x   "
+                f"{cpu_time:8.3f} CPU s {cpu_time / np.median(cpu['tff_fedavg']):6.2f}x"
+            )
+        # TFF's own worker would outlive the program.
+        for process in psutil.Process().children():
+            process.kill()
 
 
 if __name__ == "__main__":

@@ -23,11 +23,7 @@ def build_fed_eval(
       `tff.learning.models.ModelWeights`; the metrics are those of the model, over all examples of these clients.
     """
 
-    @tff.tensorflow.computation
-    def initial_weights():
-        return tff.learning.models.ModelWeights(*tf.nest.map_structure(tf.constant, model.initial_weights))
-
-    weights_type = initial_weights.type_signature.result
+    weights_type = tff.learning.models.weights_type_from_model(model)
 
     @tff.tensorflow.computation(weights_type, np.int32)
     def client_metrics(weights, client_id):
