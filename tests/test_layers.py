@@ -282,7 +282,7 @@ def test_masked_accuracy_counts_real_characters_in_keras_and_in_tff():
         np.testing.assert_allclose(session.run(finalize(state)["accuracy"]), 3 / 5)
 
 
-def test_fed_avg_round_equals_plain_sgd_with_the_keras_cell(tmp_path):
+def test_fed_avg_round_equals_plain_sgd_with_the_keras_cell(worker, tmp_path):
     """Two clients, E = 3, B = inf, lines cut to the longest of the batch; then the evaluation of the new weights."""
     clients = []
     for lengths in ([4, 9, 2], [12]):
@@ -326,11 +326,10 @@ def test_fed_avg_round_equals_plain_sgd_with_the_keras_cell(tmp_path):
         accuracy=lambda: MaskedAccuracy(PADDING),
     )
     model = tff.learning.models.functional_model_from_keras(model, masked_loss(), dataset.batch_spec, metrics)
-    with tff_fedavg.local_worker():
-        process = tff_fedavg.build_fed_avg(model, dataset, epochs=3, batch_size=None, learning_rate=0.5)
-        state, _ = process.next(process.initialize(), [0, 1])
-        weights = process.get_model_weights(state)
-        evaluation = tff_fedavg.build_fed_eval(model, dataset)(weights, [0, 1])
+    process = tff_fedavg.build_fed_avg(model, dataset, epochs=3, batch_size=None, learning_rate=0.5)
+    state, _ = process.next(process.initialize(), [0, 1])
+    weights = process.get_model_weights(state)
+    evaluation = tff_fedavg.build_fed_eval(model, dataset)(weights, [0, 1])
 
     changes = [[w - w_0 for w, w_0 in zip(trained, start)] for trained in (weights.trainable, expected)]
     assert_close(*changes, tolerance=1e-4)

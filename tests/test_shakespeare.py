@@ -368,7 +368,9 @@ def test_a_broken_gzip_file_is_refused(tmp_path, damage):
 def test_a_number_of_clients_is_refused_by_role_and_beyond_the_lines_by_iid(tmp_path):
     _write_edition(tmp_path)
     assert "clients is 5" in _error(tmp_path, "gutenberg", clients=5)
-    assert "cannot cut 4584 examples into 4585 clients" in _error(tmp_path, "gutenberg", "iid", clients=4585)
+    assert "4585 clients need 4585 pieces of data, but there are 4584 examples" in _error(
+        tmp_path, "gutenberg", "iid", clients=4585
+    )
 
 
 def test_a_missing_package_says_how_to_install_it(tmp_path, monkeypatch):

@@ -23,7 +23,11 @@ def build_fed_eval(
       `tff.learning.models.ModelWeights`; the metrics are those of the model, over all examples of these clients.
     """
 
-    weights_type = tff.learning.models.weights_type_from_model(model)
+    weights_type = tff.to_type(
+        tff.learning.models.ModelWeights(
+            *tf.nest.map_structure(lambda w: tff.TensorType(w.dtype, w.shape), model.initial_weights)
+        )
+    )
 
     @tff.tensorflow.computation(weights_type, np.int32)
     def client_metrics(weights, client_id):

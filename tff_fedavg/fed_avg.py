@@ -131,7 +131,7 @@ def _build_learning_process(
     def initial_weights():
         return tff.learning.models.ModelWeights(*tf.nest.map_structure(tf.constant, model.initial_weights))
 
-    weights_type = tff.learning.models.weights_type_from_model(model)
+    weights_type = initial_weights.type_signature.result
 
     @tff.tensorflow.computation(weights_type.trainable, np.int32, np.int32)
     def client_work(weights, round_number, client_id):

@@ -4,6 +4,7 @@ TFF's own local context starts the same worker, but leaves it running after SIGT
 end. Here the kernel ends the worker with the program, however that ends.
 """
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -24,7 +25,7 @@ _MAX_MESSAGE_BYTES = 2**31 - 1  # The largest that protocol buffers and the work
 
 @contextlib.contextmanager
 def local_worker() -> Iterator[None]:
-    """Starts a worker on this machine, and makes it TFF's default execution context of this thread.
+    """Starts a worker on this machine, which runs the computations of this thread within the `with` statement.
 
     The worker runs as many clients at once as there are cores, each on one core. To be entered in the main thread: the
     kernel ends the worker together with the thread that started it.
@@ -47,8 +48,15 @@ def local_worker() -> Iterator[None]:
     )
     with contextlib.closing(worker):
         worker.connect()
-        tff.framework.set_default_context(context)
-        yield
+        with tff.framework.get_context_stack().install(context):
+            yield
+
+
+@atexit.register
+def _replace_default_context() -> None:
+    """Frees TFF's default context, which prints an AttributeError when that is left to the end of the interpreter."""
+    factory = tff.framework.ResourceManagingExecutorFactory(lambda cardinalities: None)
+    tff.framework.set_default_context(tff.framework.AsyncExecutionContext(factory))
 
 
 class _Worker:
