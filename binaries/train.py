@@ -100,9 +100,12 @@ def run(settings: Mapping[str, Any], *, data_dir: str, cache_dir: str, run_dir: 
         directory = RunDirectory(run_dir, {**settings, "data_checksums": task.checksums}, may_differ=_MAY_DIFFER)
         model = task.build_model(settings["seed"])
         fed_eval = tff_fedavg.build_fed_eval(model, task.test)
-        sample_clients = tff_fedavg.build_sampling_fn(
-            task.train.num_clients, settings["client_fraction"], settings["seed"]
-        )
+        sample = tff_fedavg.build_sampling_fn(task.train.num_clients, settings["client_fraction"], settings["seed"])
+
+        def sample_clients(round_number):
+            # The largest first: no core is left waiting for a large client that started last.
+            return sorted(sample(round_number), key=lambda k: -task.train.num_examples[k])
+
         try:
             with ProgressPrinter(run_dir, settings["rounds"]) as printer:
                 training.train(
