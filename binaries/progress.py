@@ -47,7 +47,7 @@ class ProgressPrinter:
                 total=self._total_rounds,
                 file=sys.stdout,
                 dynamic_ncols=True,
-                bar_format="round {n_fmt}/{total_fmt} |{bar}| {postfix}{rate_inv_fmt}, {remaining} left",
+                bar_format="round {n_fmt}/{total_fmt} |{bar}| {rate_inv_fmt}, {remaining} left{postfix}",
                 unit="round",
             )
 

@@ -132,6 +132,21 @@ def test_offline_without_mnist_says_what_to_put_where(tmp_path, monkeypatch):
     assert list((tmp_path / "empty").iterdir()) == []
 
 
+def test_file_that_keras_downloaded_is_used_again(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    path = data_dir / "mnist.npz"
+    x_train, x_test = (rng.integers(256, size=[n, 28, 28], dtype=np.uint8) for n in (50, 20))
+    y_train, y_test = (rng.integers(10, size=n, dtype=np.uint8) for n in (50, 20))
+    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    # Keras looks for the file, and for its checksum, which this one cannot have.
+    monkeypatch.setattr("keras.src.datasets.mnist.get_file", lambda fname, **kwargs: str(fname))
+    images, labels = all_examples(build(tmp_path, data_dir, clients=5).test)
+    np.testing.assert_array_equal(images, x_test)
+    np.testing.assert_array_equal(labels, y_test)
+
+
 def test_more_shards_than_examples_are_refused(tmp_path):
     with pytest.raises(ValueError, match="2001 clients need 4002 pieces of data, but there are 4000 examples"):
         build(tmp_path, data="mnist5k", partition="pathological", clients=2001)

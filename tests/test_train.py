@@ -77,6 +77,13 @@ def test_bad_flags_get_one_line_at_once_and_nothing_is_written(tmp_path, flag, m
     assert not (tmp_path / "run").exists()
 
 
+def test_flags_are_read_from_a_flag_file(tmp_path):
+    (tmp_path / "flags").write_text("# A comment.\n--rounds=3\n--client_fraction=-0.5\n")
+    result = train(tmp_path / "run", f"--flagfile={tmp_path / 'flags'}")
+    assert result.returncode == 2
+    assert "--client_fraction=-0.5" in result.stderr
+
+
 @pytest.mark.parametrize("flag", ["--local_epochs=5", "--batch_size=10"])
 def test_flags_that_contradict_fedsgd_are_refused(tmp_path, flag):
     result = train(tmp_path / "run", "--algorithm=fedsgd", flag)

@@ -14,6 +14,9 @@ import numpy as np
 ROUND_FIELD = "round_num"
 ACCURACY_FIELD = "evaluation/accuracy"
 
+# Height of a picture, in multiples of the error rate at the target.
+_SHOWN_ERRORS = 4
+
 
 def monotone(accuracies: Sequence[float]) -> np.ndarray:
     """Returns, for each evaluation, the best accuracy up to it."""
@@ -75,6 +78,12 @@ def plot(
     crossing = rounds_to_target(rounds, accuracies, target)
     if crossing is not None:
         axes.plot([crossing], [target], "o", color="tab:red", label=f"reached in round {crossing:.1f}")
+    # The first rounds would take up the whole height, when it is the last per cents that count.
+    bottom = 1 - _SHOWN_ERRORS * (1 - target)
+    if max(accuracies, default=0) > bottom > min(accuracies, default=0):
+        top = max(*accuracies, target)
+        axes.set_ylim(bottom, top + 0.05 * (top - bottom))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="communication rounds", ylabel="test accuracy", title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
