@@ -56,119 +56,17 @@ _SEED = flags.DEFINE_integer(
 )
 _RUN_DIR = flags.DEFINE_string("run_dir", None, "Where the run is kept; by default runs/TASK.")
 
-
 flags.register_validator(
     "learning_rate", lambda rate: rate is None or 0 < rate < float("inf"), "eta must be a number above 0"
 )
 
-# Settings that say when to stop, not what the run computes.
-_MAY_DIFFER = ("rounds", "target_accuracy")
-
 _FAILED = 2
-
-
-def run(settings: Mapping[str, Any], *, data_dir: str, cache_dir: str, run_dir: str) -> None:
-    """Trains as `settings` say, prints the progress and the outcome.
-
-    Args:
-      settings: The flags of this program, by name, except for the three directories.
-      data_dir: As the flag.
-      cache_dir: As the flag.
-      run_dir: As the flag.
-
-    Raises:
-      ValueError: If the settings or the data are bad. Nothing has been computed then.
-      DivergedError: If the loss is no longer finite.
-      NotSavedError: If a state or metrics cannot be written.
-    """
-    import tff_fedavg
-    from binaries.progress import ProgressPrinter
-    from tff_fedavg import learning_curve, training
-    from tff_fedavg.run_directory import RunDirectory
-
-    with tff_fedavg.local_worker():
-        task = tasks.build_task(
-            settings["task"],
-            data=settings["data"],
-            data_dir=data_dir,
-            cache_dir=cache_dir,
-            partition=settings["partition"],
-            clients=settings["clients"],
-            seed=settings["seed"],
-        )
-        target = task.target_accuracy if settings["target_accuracy"] is None else settings["target_accuracy"]
-        directory = RunDirectory(run_dir, {**settings, "data_checksums": task.checksums}, may_differ=_MAY_DIFFER)
-        model = task.build_model(settings["seed"])
-        fed_eval = tff_fedavg.build_fed_eval(model, task.test)
-        sample = tff_fedavg.build_sampling_fn(task.train.num_clients, settings["client_fraction"], settings["seed"])
-
-        def sample_clients(round_number):
-            # The largest first: no core is left waiting for a large client that started last.
-            return sorted(sample(round_number), key=lambda k: -task.train.num_examples[k])
-
-        try:
-            with ProgressPrinter(run_dir, settings["rounds"]) as printer:
-                training.train(
-                    _build_process(settings, task, model),
-                    directory,
-                    sample_clients=sample_clients,
-                    evaluate=lambda weights: fed_eval(weights, list(range(task.test.num_clients))),
-                    total_rounds=settings["rounds"],
-                    rounds_per_evaluation=settings["eval_every"],
-                    target_accuracy=target,
-                    on_start=printer.start,
-                    on_round=printer.update,
-                    on_damaged=printer.report_damaged,
-                )
-        except training.DivergedError as e:
-            rate = settings["learning_rate"]
-            raise training.DivergedError(f"{e} at learning_rate={rate:g}; {run_dir} keeps the state before it") from e
-        finally:
-            title = f"{task.name}, {settings['partition']}, {settings['algorithm']}"
-            curve = learning_curve.evaluations(learning_curve.read_metrics(directory.metrics_csv))
-            learning_curve.plot(directory.learning_curve_png, *curve, target=target, title=title)
-    print(_outcome(directory, target, bytes_per_round=len(sample_clients(1)) * _num_bytes(model)))
-
-
-def _build_process(settings, task, model):
-    import tff_fedavg
-
-    if settings["algorithm"] == "fedsgd":
-        return tff_fedavg.build_fed_sgd(model, task.train, learning_rate=settings["learning_rate"])
-    return tff_fedavg.build_fed_avg(
-        model,
-        task.train,
-        epochs=settings["local_epochs"],
-        batch_size=settings["batch_size"] or None,
-        learning_rate=settings["learning_rate"],
-        seed=settings["seed"],
-    )
-
-
-def _outcome(directory, target, bytes_per_round) -> str:
-    from tff_fedavg import learning_curve
-
-    metrics = learning_curve.read_metrics(directory.metrics_csv)
-    rounds, accuracies = learning_curve.evaluations(metrics)
-    crossing = learning_curve.rounds_to_target(rounds, accuracies, target)
-    last_round = int(metrics[-1][learning_curve.ROUND_FIELD])
-    seconds = sum(row.get("training_time_in_seconds", 0.0) for row in metrics)
-    megabytes = bytes_per_round * last_round / 1e6
-    return (
-        f"{last_round} rounds, best accuracy {max(accuracies):.4f}, "
-        f"rounds to {target:g}: {'not reached' if crossing is None else f'{crossing:.1f}'}, "
-        f"{seconds:.1f} s of training, {megabytes:.1f} MB up, {megabytes:.1f} MB down; see {directory.path}"
-    )
-
-
-def _num_bytes(model) -> int:
-    return sum(w.nbytes for w in model.initial_weights[0])
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         _fail(f"unknown argument {argv[1]!r}: flags start with --")
-    # TensorFlow reads this when it is imported, which is why only `run` imports it; the worker inherits it.
+    # TensorFlow reads this when it is imported, which is why that comes last; the worker inherits it.
     verbose = logging.get_verbosity() > logging.WARNING
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "3")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -176,7 +74,9 @@ def main(argv: list[str]) -> None:
     try:
         settings = _settings()
         print(_description(settings, run_dir), flush=True)
-        run(
+        from binaries import experiment
+
+        experiment.run(
             settings,
             data_dir=os.path.expanduser(_DATA_DIR.value),
             cache_dir=os.path.expanduser(_CACHE_DIR.value),

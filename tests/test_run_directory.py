@@ -5,21 +5,43 @@ import pytest
 from tff_fedavg.run_directory import RunDirectory
 
 
-def test_directory_is_made_with_its_settings_and_opened_again(tmp_path):
-    for _ in range(2):
-        directory = RunDirectory(tmp_path / "a" / "b", {"seed": 0, "clients": None}, may_differ=())
-        config = json.loads((tmp_path / "a" / "b" / "config.json").read_text())
-        assert config["settings"] == {"seed": 0, "clients": None}
-        del directory
+def start(path, settings, checksums=None):
+    RunDirectory(path, settings, may_differ=["rounds"]).start(checksums or {})
+
+
+def read_config(path):
+    return json.loads((path / "config.json").read_text())
+
+
+def test_started_run_has_its_settings_data_and_versions(tmp_path):
+    start(tmp_path / "a" / "b", {"seed": 0, "clients": None}, {"file": "abc"})
+    config = read_config(tmp_path / "a" / "b")
+    assert config["settings"] == {"seed": 0, "clients": None}
+    assert config["data_checksums"] == {"file": "abc"}
+    assert config["versions"]["tensorflow-federated"] == "0.87.0"
 
 
 def test_other_settings_are_refused_by_name_unless_they_may_differ(tmp_path):
-    RunDirectory(tmp_path, {"seed": 0, "rounds": 5}, may_differ=["rounds"])
-    RunDirectory(tmp_path, {"seed": 0, "rounds": 9}, may_differ=["rounds"])
+    start(tmp_path, {"seed": 0, "rounds": 5})
+    start(tmp_path, {"seed": 0, "rounds": 9})
     with pytest.raises(ValueError, match="holds a run with seed=0, not 1"):
-        RunDirectory(tmp_path, {"seed": 1, "rounds": 9}, may_differ=["rounds"])
+        start(tmp_path, {"seed": 1, "rounds": 9})
     with pytest.raises(ValueError, match="holds a run with seed=0, not None"):
-        RunDirectory(tmp_path, {"rounds": 9}, may_differ=["rounds"])
+        start(tmp_path, {"rounds": 9})
+    assert read_config(tmp_path)["settings"] == {"seed": 0, "rounds": 9}
+
+
+def test_other_data_are_refused_by_the_file_that_differs(tmp_path):
+    for _ in range(2):
+        start(tmp_path, {}, {"a": "1", "b": "2"})
+    with pytest.raises(ValueError, match="holds a run on other data: b differs"):
+        start(tmp_path, {}, {"a": "1", "b": "3"})
+    assert read_config(tmp_path)["data_checksums"] == {"a": "1", "b": "2"}
+
+
+def test_run_that_did_not_start_leaves_the_directory_free(tmp_path):
+    RunDirectory(tmp_path, {"seed": 0}, may_differ=())
+    start(tmp_path, {"seed": 1})
 
 
 def test_directory_in_use_is_refused(tmp_path):
@@ -35,7 +57,7 @@ def test_directory_that_cannot_be_written_is_refused(tmp_path):
         RunDirectory(tmp_path / "file" / "run", {}, may_differ=())
 
 
-@pytest.mark.parametrize("content", ["", "{}", "{"])
+@pytest.mark.parametrize("content", ["", "{}", "{", "[]", '{"settings": 1}'])
 def test_damaged_configuration_is_refused_and_kept(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match="config.json is damaged"):

@@ -130,7 +130,7 @@ def test_run_leaves_all_that_the_readme_names(finished_run):
     config = json.loads((run_dir / "config.json").read_text())
     assert config["settings"]["learning_rate"] == 0.1
     assert config["settings"]["data"] == "mnist5k"
-    assert len(config["settings"]["data_checksums"]["mnist_5k.csv.gz"]) == 64
+    assert len(config["data_checksums"]["mnist_5k.csv.gz"]) == 64
     assert config["versions"]["tensorflow-federated"] == "0.87.0"
     assert (run_dir / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert (run_dir / "states" / "program_state_40").is_dir()

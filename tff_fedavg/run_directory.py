@@ -28,7 +28,7 @@ class RunDirectory:
 
         Args:
           path: The directory.
-          settings: What the run depends on, as JSON values. Written to config.json with the versions of the packages.
+          settings: What the run depends on, as JSON values.
           may_differ: Names of settings that may differ from those of the run that the directory holds.
 
         Raises:
@@ -39,8 +39,8 @@ class RunDirectory:
         self.tensorboard = self.path / "tensorboard"
         self.states = self.path / "states"
         self.learning_curve_png = self.path / "learning_curve.png"
-        config_json = self.path / "config.json"
-        settings = json.loads(json.dumps(settings))
+        self._config_json = self.path / "config.json"
+        self._settings = json.loads(json.dumps(settings))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")
@@ -50,22 +50,47 @@ class RunDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             raise ValueError(f"run_dir={self.path} is in use by another run") from e
-        if config_json.exists():
-            try:
-                found = json.loads(config_json.read_text())["settings"]
-            except (ValueError, KeyError) as e:
-                raise ValueError(f"{config_json} is damaged: give another run_dir, or remove this one") from e
-            for name in sorted(found.keys() | settings.keys()):
-                if name not in may_differ and found.get(name) != settings.get(name):
-                    raise ValueError(
-                        f"run_dir={self.path} holds a run with {name}={found.get(name)}, not {settings.get(name)}: "
-                        "give another run_dir to start a new run"
-                    )
+        self._config = self._read_config()
+        found = self._config.get("settings", self._settings)
+        for name in sorted(found.keys() | self._settings.keys()):
+            if name not in may_differ and found.get(name) != self._settings.get(name):
+                raise ValueError(
+                    f"run_dir={self.path} holds a run with {name}={found.get(name)}, not {self._settings.get(name)}: "
+                    "give another run_dir to start a new run"
+                )
+
+    def start(self, checksums: Mapping[str, str]) -> None:
+        """Writes config.json, when the data have turned out to be good: until then the directory holds no run.
+
+        Args:
+          checksums: SHA-256 of the data files, by file name.
+
+        Raises:
+          ValueError: If the directory holds a run on other data, or cannot be written.
+        """
+        found = self._config.get("data_checksums", checksums)
+        for name in sorted(found.keys() | checksums.keys()):
+            if found.get(name) != checksums.get(name):
+                raise ValueError(f"run_dir={self.path} holds a run on other data: {name} differs")
         versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
-        config = {"settings": settings, "versions": {"python": sys.version.split()[0], **versions}}
-        temporary = config_json.with_suffix(".tmp")
+        config = {
+            "settings": self._settings,
+            "data_checksums": dict(checksums),
+            "versions": {"python": sys.version.split()[0], **versions},
+        }
+        temporary = self._config_json.with_suffix(".tmp")
         try:
             temporary.write_text(json.dumps(config, indent=2) + "\n")
-            temporary.replace(config_json)
+            temporary.replace(self._config_json)
         except OSError as e:
-            raise ValueError(f"{config_json} cannot be written: {e.strerror}") from e
+            raise ValueError(f"{self._config_json} cannot be written: {e.strerror}") from e
+
+    def _read_config(self) -> dict[str, Any]:
+        if not self._config_json.exists():
+            return {}
+        try:
+            config = json.loads(self._config_json.read_text())
+            config["settings"].keys()
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{self._config_json} is damaged: give another run_dir, or remove this one") from e
+        return config

@@ -1,0 +1,108 @@
+"""One experiment of the paper: a task trained with an algorithm, with its files, progress and outcome."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow_federated as tff
+
+import tasks
+import tff_fedavg
+from binaries.progress import ProgressPrinter
+from tasks.task import Task
+from tff_fedavg import learning_curve, training
+from tff_fedavg.run_directory import RunDirectory
+
+# Settings that say when to stop, not what the run computes.
+_MAY_DIFFER = ("rounds", "target_accuracy")
+
+
+def run(settings: Mapping[str, Any], *, data_dir: str, cache_dir: str, run_dir: str) -> None:
+    """Trains as `settings` say, prints the progress and the outcome.
+
+    Args:
+      settings: The flags of `binaries.train`, by name, except for the three directories.
+      data_dir: As that flag.
+      cache_dir: As that flag.
+      run_dir: As that flag. When it holds a run with the same settings, that one goes on.
+
+    Raises:
+      ValueError: If the settings or the data are bad. Nothing has been computed then.
+      DivergedError: If the loss is no longer finite.
+      NotSavedError: If a state or metrics cannot be written.
+    """
+    directory = RunDirectory(run_dir, settings, may_differ=_MAY_DIFFER)
+    with tff_fedavg.local_worker():
+        task = tasks.build_task(
+            settings["task"],
+            data=settings["data"],
+            data_dir=data_dir,
+            cache_dir=cache_dir,
+            partition=settings["partition"],
+            clients=settings["clients"],
+            seed=settings["seed"],
+        )
+        target = task.target_accuracy if settings["target_accuracy"] is None else settings["target_accuracy"]
+        directory.start(task.checksums)
+        model = task.build_model(settings["seed"])
+        fed_eval = tff_fedavg.build_fed_eval(model, task.test)
+        sample = tff_fedavg.build_sampling_fn(task.train.num_clients, settings["client_fraction"], settings["seed"])
+
+        def sample_clients(round_number):
+            # The largest first: no core is left waiting for a large client that started last.
+            return sorted(sample(round_number), key=lambda k: -task.train.num_examples[k])
+
+        try:
+            with ProgressPrinter(run_dir, settings["rounds"]) as printer:
+                training.train(
+                    _build_process(settings, task, model),
+                    directory,
+                    sample_clients=sample_clients,
+                    evaluate=lambda weights: fed_eval(weights, list(range(task.test.num_clients))),
+                    total_rounds=settings["rounds"],
+                    rounds_per_evaluation=settings["eval_every"],
+                    target_accuracy=target,
+                    on_start=printer.start,
+                    on_round=printer.update,
+                    on_damaged=printer.report_damaged,
+                )
+        except training.DivergedError as e:
+            rate = settings["learning_rate"]
+            raise training.DivergedError(f"{e} at learning_rate={rate:g}; {run_dir} keeps the state before it") from e
+        finally:
+            title = f"{task.name}, {settings['partition']}, {settings['algorithm']}"
+            curve = learning_curve.evaluations(learning_curve.read_metrics(directory.metrics_csv))
+            learning_curve.plot(directory.learning_curve_png, *curve, target=target, title=title)
+    print(_outcome(directory, target, bytes_per_round=len(sample_clients(1)) * _num_bytes(model)))
+
+
+def _build_process(
+    settings: Mapping[str, Any], task: Task, model: tff.learning.models.FunctionalModel
+) -> tff.learning.templates.LearningProcess:
+    if settings["algorithm"] == "fedsgd":
+        return tff_fedavg.build_fed_sgd(model, task.train, learning_rate=settings["learning_rate"])
+    return tff_fedavg.build_fed_avg(
+        model,
+        task.train,
+        epochs=settings["local_epochs"],
+        batch_size=settings["batch_size"] or None,
+        learning_rate=settings["learning_rate"],
+        seed=settings["seed"],
+    )
+
+
+def _outcome(directory: RunDirectory, target: float, bytes_per_round: int) -> str:
+    metrics = learning_curve.read_metrics(directory.metrics_csv)
+    rounds, accuracies = learning_curve.evaluations(metrics)
+    crossing = learning_curve.rounds_to_target(rounds, accuracies, target)
+    last_round = int(metrics[-1][learning_curve.ROUND_FIELD])
+    seconds = sum(row.get("training_time_in_seconds", 0.0) for row in metrics)
+    megabytes = bytes_per_round * last_round / 1e6
+    return (
+        f"{last_round} rounds, best accuracy {max(accuracies):.4f}, "
+        f"rounds to {target:g}: {'not reached' if crossing is None else f'{crossing:.1f}'}, "
+        f"{seconds:.1f} s of training, {megabytes:.1f} MB up, {megabytes:.1f} MB down; see {directory.path}"
+    )
+
+
+def _num_bytes(model: tff.learning.models.FunctionalModel) -> int:
+    return sum(w.nbytes for w in model.initial_weights[0])
