@@ -98,9 +98,10 @@ def test_worker_that_keeps_dying_ends_the_computation_with_an_error():
         """
 def keep_killing():
     while True:
-        time.sleep(1)
+        time.sleep(0.1)
         for process in psutil.Process().children():
-            process.kill()
+            if time.time() - process.create_time() > 4:  # When it has started, and computes.
+                process.kill()
 threading.Thread(target=keep_killing, daemon=True).start()
 try:
     busy_clients([60.0])

@@ -204,7 +204,8 @@ def test_full_disk_ends_the_run_with_one_line(finished_run):
     assert result.stderr.startswith("train: the state of round 2 could not be written: ")
     assert result.stderr.count("\n") == 1
     assert len(metrics(run_dir)) == 3
-    result = train(run_dir, *FLAGS, "--seed=1", preexec_fn=limit)
+    # Another seed needs other client files.
+    result = train(run_dir.parent / "full too", *FLAGS, "--seed=1", preexec_fn=limit)
     assert result.returncode == 2
     assert result.stderr.startswith("train: the client files could not be written to ")
     assert result.stderr.count("\n") == 1
