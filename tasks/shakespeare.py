@@ -35,7 +35,7 @@ from tasks.files import find_file, read_file
 from tasks.task import Task
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
-from tff_fedavg.masked import MaskedAccuracy
+from tff_fedavg.masked import MaskedAccuracy, MaskedCrossentropy
 from tff_fedavg.partition import iid
 
 PADDING = 256
@@ -124,8 +124,9 @@ def build_task(
         ),
         test=prepare_client_dataset(cache_dir, {"name": f"shakespeare-{data}-test", **key}, test_parts, _preprocess),
         keras_model_fn=models.char_lstm,
-        loss=tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=PADDING),
+        loss=MaskedCrossentropy(PADDING, _UNROLL),
         metrics={
+            # In nats per character, unlike the training loss.
             "loss": lambda: tf.keras.metrics.SparseCategoricalCrossentropy(
                 from_logits=True, ignore_class=PADDING, name="loss"
             ),

@@ -248,40 +248,6 @@ def test_config_rebuilds_the_layer():
     assert isinstance(tf.keras.models.clone_model(small_model(PeepholeLSTM)).layers[1], PeepholeLSTM)
 
 
-def test_keras_loss_with_ignore_class_is_the_mean_over_real_characters():
-    logits = np.random.normal(size=[2, 4, 258]).astype(np.float32)
-    labels = np.array([[7, 8, 9, PADDING], [5, PADDING, PADDING, PADDING]])
-    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    real = [(0, 0), (0, 1), (0, 2), (1, 0)]
-    expected = -np.mean([np.log(probabilities[i][t][labels[i, t]]) for i, t in real])
-    np.testing.assert_allclose(masked_loss()(labels, logits), expected, rtol=1e-6)
-    metric = tf.keras.metrics.SparseCategoricalCrossentropy(from_logits=True, ignore_class=PADDING)
-    metric.update_state(labels, logits)
-    np.testing.assert_allclose(metric.result(), expected, rtol=1e-6)
-
-
-def test_masked_accuracy_counts_real_characters_in_keras_and_in_tff():
-    labels = [np.array([[1, 2, PADDING]]), np.array([[PADDING, PADDING, PADDING]]), np.array([[3, 4, 5]])]
-    # Right, wrong, padding predicted "right"; all padding; right, right, padding predicted for a real character.
-    guesses = [np.array([[1, 0, PADDING]]), np.array([[PADDING, 0, 0]]), np.array([[3, 4, PADDING]])]
-    logits = [np.eye(258, dtype=np.float32)[guess] for guess in guesses]
-
-    metric = MaskedAccuracy.from_config(MaskedAccuracy(PADDING).get_config())
-    assert metric.result() == 0
-    for y_true, y_pred in zip(labels, logits):
-        metric.update_state(y_true, y_pred)
-    np.testing.assert_allclose(metric.result(), 3 / 5)
-
-    initialize, update, finalize = tff.learning.metrics.create_functional_metric_fns(
-        collections.OrderedDict(accuracy=lambda: MaskedAccuracy(PADDING))
-    )
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        state = initialize()
-        for y_true, y_pred in zip(labels, logits):
-            state = update(state, y_true, tff.learning.models.BatchOutput(predictions=y_pred))
-        np.testing.assert_allclose(session.run(finalize(state)["accuracy"]), 3 / 5)
-
-
 def test_fed_avg_round_equals_plain_sgd_with_the_keras_cell(worker, tmp_path):
     """Two clients, E = 3, B = inf, lines cut to the longest of the batch; then the evaluation of the new weights."""
     clients = []
