@@ -122,6 +122,16 @@ def test_clients_run_in_parallel_on_the_cores(worker):
     assert time.monotonic() - started < 1.8
 
 
+def test_worker_within_a_worker_leaves_the_outer_one_in_use(worker):
+    busy_clients = build_busy_clients()
+    outer = psutil.Process().children()
+    with local_worker():
+        busy_clients([0.0])
+        assert len(psutil.Process().children()) == len(outer) + 1
+    assert psutil.Process().children() == outer
+    busy_clients([0.0])
+
+
 def test_each_client_computes_in_one_thread(worker):
     (process,) = (p for p in psutil.Process().children() if p.name() == "worker_binary")
     assert process.environ()["TF_NUM_INTRAOP_THREADS"] == "1"

@@ -87,7 +87,6 @@ def build_fed_sgd(
     client_dataset: ClientDataset,
     *,
     learning_rate: float,
-    server_optimizer: tff.learning.optimizers.Optimizer | None = None,
     aggregator: Factory | None = None,
 ) -> tff.learning.templates.LearningProcess:
     """Builds FederatedSGD (Section 2): each client sends one gradient over all its data.
@@ -98,7 +97,6 @@ def build_fed_sgd(
       model: As for `build_fed_avg`.
       client_dataset: As for `build_fed_avg`.
       learning_rate: eta, the server's learning rate.
-      server_optimizer: Applies the averaged gradient; by default SGD with rate eta.
       aggregator: As for `build_fed_avg`.
 
     Returns:
@@ -113,7 +111,7 @@ def build_fed_sgd(
         del client_seed  # All examples are in the one batch; their order does not matter.
         return client_gradient(model, weights, num_examples, batch_fn)
 
-    server_optimizer = server_optimizer or tff.learning.optimizers.build_sgdm(learning_rate)
+    server_optimizer = tff.learning.optimizers.build_sgdm(learning_rate)
     return _build_learning_process(model, client_dataset, client_fn, server_optimizer, aggregator, seed=0)
 
 
