@@ -11,6 +11,8 @@ import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from tff_fedavg import local_worker
+
 PROGRAM = """
 import os, sys, threading, time
 import psutil
