@@ -86,7 +86,8 @@ def build_tff_round(task, keras_model_fn, loop_implementation):
     datasets = [
         tf.data.Dataset.from_tensor_slices(task.train.load(k))
         .batch(_BATCH_SIZE.value)
-        .map(task.train.preprocess_fn)
+        .enumerate()
+        .map(lambda step, examples: task.train.preprocess_fn(examples, tf.stack([step, 0])))
         .repeat(_LOCAL_EPOCHS.value)
         for k in range(_CLIENTS_PER_ROUND.value)
     ]

@@ -99,6 +99,8 @@ def _settings() -> dict[str, Any]:
             raise ValueError(
                 f"--{flag.name} is {flag.value}, but --algorithm=fedsgd has E = 1 and B = inf: leave it out"
             )
+    if _DATA.value == "embedded" and entry.embedded is None:
+        raise ValueError(f"--data is embedded, but no package comes with data for {_TASK.value}: leave it out")
     settings = {
         "task": _TASK.value,
         "data": entry.embedded if _DATA.value == "embedded" else _DATA.value or entry.data[0],

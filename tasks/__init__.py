@@ -15,14 +15,14 @@ class TaskEntry:
     Attributes:
       module: Name of the module.
       data: Its data sources; the first is the paper's, and the default.
-      embedded: The one of them that comes with the packages.
+      embedded: The one of them that comes with the packages; None if there is none.
       partitions: Its partitions; the first is the default.
       learning_rate: A good eta to start from: one that the paper names for this model (Figures 1, 3 and 8).
     """
 
     module: str
     data: tuple[str, ...]
-    embedded: str
+    embedded: str | None
     partitions: tuple[str, ...]
     learning_rate: float
 

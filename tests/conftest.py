@@ -14,6 +14,7 @@ import tensorflow_federated as tff
 from tff_fedavg.client_data import ClientDataset, write_client_dataset
 from tff_fedavg.runtime import local_worker
 
+NO_SEED = tf.zeros([2], tf.int64)
 NUM_FEATURES = 4
 NUM_CLASSES = 3
 
@@ -50,7 +51,7 @@ def client_arrays():
 def client_dataset(tmp_path_factory, client_arrays):
     directory = tmp_path_factory.mktemp("clients")
     write_client_dataset(directory, client_arrays)
-    return ClientDataset(directory, lambda e: (e["x"], tf.cast(e["y"], tf.int32)))
+    return ClientDataset(directory, lambda e, seed: (e["x"], tf.cast(e["y"], tf.int32)))
 
 
 @pytest.fixture(scope="session")

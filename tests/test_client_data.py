@@ -4,11 +4,12 @@ import json
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import NO_SEED
 
 from tff_fedavg.client_data import ClientDataset, prepare_client_dataset, write_client_dataset
 
 
-def identity(example):
+def identity(example, seed):
     return example["x"], example["y"]
 
 
@@ -16,7 +17,7 @@ def read_in_graph(dataset, client_id):
     @tf.function
     def read(k):
         records = dataset.read(k)
-        return dataset.batch(records, tf.range(tf.shape(records)[0]))
+        return dataset.batch(records, tf.range(tf.shape(records)[0]), NO_SEED)
 
     return [t.numpy() for t in read(tf.constant(client_id))]
 
@@ -44,7 +45,7 @@ def test_features_of_any_dtype_and_shape_survive(tmp_path, dtype):
 
 
 def test_batch_gathers_the_rows_asked_for(client_arrays, client_dataset):
-    x, y = client_dataset.batch(client_dataset.read(tf.constant(3)), tf.constant([19, 0, 5]))
+    x, y = client_dataset.batch(client_dataset.read(tf.constant(3)), tf.constant([19, 0, 5]), NO_SEED)
     np.testing.assert_array_equal(x, client_arrays[3]["x"][[19, 0, 5]])
     np.testing.assert_array_equal(y, client_arrays[3]["y"][[19, 0, 5]])
 

@@ -95,6 +95,21 @@ def test_fed_sgd_is_fed_avg_with_one_epoch_and_infinite_batches(worker, model, c
     assert max_difference(weights_of(sgd), weights_of(avg)) < 1e-5
 
 
+@pytest.mark.parametrize("algorithm", ["fedavg", "fedsgd"])
+def test_learning_rate_follows_a_schedule_over_the_rounds(worker, model, client_dataset, algorithm):
+    def build(learning_rate):
+        if algorithm == "fedsgd":
+            return build_fed_sgd(model, client_dataset, learning_rate=learning_rate)
+        return build_fed_avg(model, client_dataset, epochs=2, batch_size=3, learning_rate=learning_rate)
+
+    schedule = tf.keras.optimizers.schedules.ExponentialDecay(0.2, decay_steps=2, decay_rate=0.5, staircase=True)
+    scheduled, _ = run_rounds(build(schedule), 3)
+    state = build(0.2).initialize()
+    for learning_rate in (0.2, 0.2, 0.1):
+        state, _ = build(learning_rate).next(state, CLIENTS)
+    assert max_difference(weights_of(scheduled), weights_of(state)) < 1e-6
+
+
 def test_same_seed_gives_bit_equal_weights_and_another_seed_does_not(worker, model, client_dataset):
     runs = []
     for seed in (0, 0, 1):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
+from conftest import NO_SEED
 from tensorflow.python.keras.layers.recurrent import PeepholeLSTMCell
 
 import tff_fedavg
@@ -257,14 +258,14 @@ def test_fed_avg_round_equals_plain_sgd_with_the_keras_cell(worker, tmp_path):
             line[:length] = np.random.randint(0, 256, length)
         clients.append(lines)
 
-    def batch(example):
+    def batch(example, seed):
         line = example["line"]
         # Outside tf.function, as in a TFF computation, `!=` would compare the objects.
         longest = tf.reduce_max(tf.reduce_sum(tf.cast(tf.not_equal(line, PADDING), tf.int32), axis=1))
         return tf.pad(line[:, : longest - 1], [[0, 0], [1, 0]], constant_values=PADDING), line[:, :longest]
 
     # The plain loop comes first: a Keras model is of no use any more once TFF has made another one in a graph.
-    batches = [batch({"line": tf.constant(lines)}) for lines in clients]
+    batches = [batch({"line": tf.constant(lines)}, NO_SEED) for lines in clients]
     model, reference = small_model(PeepholeLSTM), small_model(keras_lstm)
     randomize(model.weights)
     start = model.get_weights()

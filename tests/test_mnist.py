@@ -5,6 +5,7 @@ import struct
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import NO_SEED
 
 from tasks import build_task
 
@@ -74,7 +75,7 @@ def test_idx_files_with_and_without_gzip_and_in_a_subdirectory_are_read(tmp_path
 
 def test_pixels_are_scaled_to_0_to_1(tmp_path, data_dir):
     dataset = build(tmp_path, data_dir, clients=5).train
-    x, y = dataset.batch(dataset.read(tf.constant(2)), tf.range(10))
+    x, y = dataset.batch(dataset.read(tf.constant(2)), tf.range(10), NO_SEED)
     stored = dataset.load(2)
     np.testing.assert_allclose(x, stored["image"] / 255, rtol=1e-6)
     np.testing.assert_array_equal(y, stored["label"])

@@ -30,7 +30,7 @@ _FORMAT_VERSION = 1
 _CHECKSUM_CHUNK = 1 << 24
 _OFFSET_BYTES = 8
 
-PreprocessFn = Callable[[Mapping[str, tf.Tensor]], tuple[tf.Tensor, tf.Tensor]]
+PreprocessFn = Callable[[Mapping[str, tf.Tensor], tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
 
 class ClientDataset:
@@ -40,7 +40,7 @@ class ClientDataset:
       directory: Where the files are.
       element_spec: Ordered mapping from feature name to the `tf.TensorSpec` of one stored example.
       num_examples: int64 `[K]`, n_k of every client.
-      preprocess_fn: Maps a batch of stored examples to the `(x, y)` that the model takes.
+      preprocess_fn: Maps a batch of stored examples and a seed to the `(x, y)` that the model takes.
     """
 
     def __init__(self, directory: str | os.PathLike[str], preprocess_fn: PreprocessFn):
@@ -48,8 +48,8 @@ class ClientDataset:
 
         Args:
           directory: The directory.
-          preprocess_fn: Maps a batch of stored examples (mapping from feature name to a tensor `[batch, ...]`) to
-            `(x, y)`. Runs in the graph.
+          preprocess_fn: Maps a batch of stored examples (mapping from feature name to a tensor `[batch, ...]`) and a
+            seed (int64 `[2]`, for stateless random augmentation) to `(x, y)`. Runs in the graph.
 
         Raises:
           ValueError: If a file is missing, has the wrong size or the wrong checksum.
@@ -84,7 +84,8 @@ class ClientDataset:
         batched = collections.OrderedDict(
             (name, tf.TensorSpec([None, *spec.shape], spec.dtype)) for name, spec in self.element_spec.items()
         )
-        outputs = tf.function(self.preprocess_fn).get_concrete_function(batched).structured_outputs
+        seed = tf.TensorSpec([2], tf.int64)
+        outputs = tf.function(self.preprocess_fn).get_concrete_function(batched, seed).structured_outputs
         return tuple(tf.TensorSpec(t.shape, t.dtype) for t in outputs)
 
     def read(self, client_id: tf.Tensor) -> tf.Tensor:
@@ -110,8 +111,14 @@ class ClientDataset:
         content = tf.cond(end > begin, read_examples, lambda: tf.constant(b""))
         return tf.reshape(tf.io.decode_raw(content, tf.uint8), [-1, record_bytes])
 
-    def batch(self, records: tf.Tensor, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns the preprocessed batch `(x, y)` of the rows `indices` (integer `[batch]`) of what `read` gave."""
+    def batch(self, records: tf.Tensor, indices: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the preprocessed batch `(x, y)` of some rows of what `read` gave.
+
+        Args:
+          records: uint8 `[n, record_bytes]`.
+          indices: Integer `[batch]`, the rows.
+          seed: int64 `[2]`, for random augmentation.
+        """
         rows = tf.gather(records, indices)
         features = collections.OrderedDict()
         column = 0
@@ -121,7 +128,7 @@ class ClientDataset:
             if spec.dtype != tf.uint8:
                 content = tf.bitcast(tf.reshape(content, [-1, *spec.shape, spec.dtype.size]), spec.dtype)
             features[name] = tf.reshape(content, [-1, *spec.shape])
-        return self.preprocess_fn(features)
+        return self.preprocess_fn(features, seed)
 
     def load(self, client_id: int) -> dict[str, np.ndarray]:
         """Returns the stored examples of one client as arrays `[n_k, ...]`, outside any graph."""

@@ -6,7 +6,8 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 Weights = Sequence[tf.Tensor]
-BatchFn = Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+Batch = tuple[tf.Tensor, tf.Tensor]
+BatchFn = Callable[[tf.Tensor, tf.Tensor], Batch]
 
 
 def client_update(
@@ -34,11 +35,12 @@ def client_update(
       model: The model; supplies the loss l(w; b), the mean over the examples of a batch.
       weights: w, the trainable weights that the server sent.
       num_examples: int32 scalar n_k. With 0 the weights come back unchanged.
-      batch_fn: Maps int32 indices `[batch]` into P_k to the batch `(x, y)`.
+      batch_fn: Maps int32 indices `[batch]` into P_k, and a seed (int64 `[2]`) for random augmentation, to the batch
+        `(x, y)`.
       epochs: E.
       batch_size: B; None is the paper's B = inf, all of P_k in one batch.
       learning_rate: eta.
-      seed: Integer `[2]`, such as from `minibatch_seed`; decides how P_k is split.
+      seed: Integer `[2]`, such as from `minibatch_seed`; decides how P_k is split, and seeds the augmentation.
 
     Returns:
       The new weights, and the float32 scalar sum of l(w; b) over all examples that SGD saw (E n_k of them).
@@ -47,17 +49,25 @@ def client_update(
     batch_size = tf.maximum(num_examples if batch_size is None else batch_size, 1)
     batches_per_epoch = (num_examples + batch_size - 1) // batch_size
 
-    def sgd_step(step, loss_sum, weights):
+    def next_batch(step, loss_sum, weights):
         start = step % batches_per_epoch * batch_size
         batch = order[start : start + batch_size]
-        loss, gradient = _loss_and_gradient(model, weights, batch_fn(batch))
-        weights = [w - learning_rate * g for w, g in zip(weights, gradient)]
+        step_seed = tf.random.experimental.stateless_fold_in(seed, step)
+        weights, loss = sgd_step(model, weights, batch_fn(batch, step_seed), learning_rate)
         return step + 1, loss_sum + loss * tf.cast(tf.size(batch), tf.float32), weights
 
     _, loss_sum, weights = tf.while_loop(
-        lambda step, *_: step < epochs * batches_per_epoch, sgd_step, (0, tf.constant(0.0), list(weights))
+        lambda step, *_: step < epochs * batches_per_epoch, next_batch, (0, tf.constant(0.0), list(weights))
     )
     return weights, loss_sum
+
+
+def sgd_step(
+    model: tff.learning.models.FunctionalModel, weights: Weights, batch: Batch, learning_rate: float | tf.Tensor
+) -> tuple[Weights, tf.Tensor]:
+    """Returns the weights w - eta grad l(w; b), and the float32 scalar loss l(w; b)."""
+    loss, gradient = _loss_and_gradient(model, weights, batch)
+    return [_descend(w, g, learning_rate) for w, g in zip(weights, gradient)], loss
 
 
 def minibatch_seed(seed: int, round_number: tf.Tensor, client_id: tf.Tensor) -> tf.Tensor:
@@ -69,11 +79,16 @@ def minibatch_seed(seed: int, round_number: tf.Tensor, client_id: tf.Tensor) -> 
 
 
 def client_gradient(
-    model: tff.learning.models.FunctionalModel, weights: Weights, num_examples: tf.Tensor, batch_fn: BatchFn
+    model: tff.learning.models.FunctionalModel,
+    weights: Weights,
+    num_examples: tf.Tensor,
+    batch_fn: BatchFn,
+    *,
+    seed: tf.Tensor,
 ) -> tuple[Weights, tf.Tensor]:
     """Computes g_k = grad F_k(w), the gradient of the mean loss over all of P_k (FedSGD, Section 2).
 
-    Args: As for `client_update`.
+    Args: As for `client_update`; the seed is for augmentation only.
 
     Returns:
       g_k (zeros if n_k = 0), and the float32 scalar sum of the loss over all examples.
@@ -83,8 +98,8 @@ def client_gradient(
         return tf.constant(0.0), [tf.zeros_like(w) for w in weights]
 
     def full_batch():
-        loss, gradient = _loss_and_gradient(model, weights, batch_fn(tf.range(num_examples)))
-        return loss * tf.cast(num_examples, tf.float32), gradient
+        loss, gradient = _loss_and_gradient(model, weights, batch_fn(tf.range(num_examples), seed))
+        return loss * tf.cast(num_examples, tf.float32), [tf.convert_to_tensor(g) for g in gradient]
 
     loss_sum, gradient = tf.cond(num_examples > 0, full_batch, zero)
     return gradient, loss_sum
@@ -96,5 +111,10 @@ def _loss_and_gradient(model, weights, batch):
         tape.watch(weights)
         predictions = model.predict_on_batch((weights, ()), x, training=True)
         loss = model.loss(predictions, y)
-    # The gradient of an embedding comes as the rows that the batch touched.
-    return loss, [tf.convert_to_tensor(g) for g in tape.gradient(loss, weights)]
+    return loss, tape.gradient(loss, weights)
+
+
+def _descend(w, g, learning_rate):
+    if isinstance(g, tf.IndexedSlices):  # Of an embedding only the rows that the batch looked up have a gradient.
+        return tf.tensor_scatter_nd_sub(w, g.indices[:, tf.newaxis], learning_rate * g.values)
+    return w - learning_rate * g

@@ -36,7 +36,7 @@ def build_fed_eval(
 
         def evaluate_batch(start, state):
             batch = tf.range(start, tf.minimum(start + batch_size, num_examples))
-            x, y = client_dataset.batch(records, batch)
+            x, y = client_dataset.batch(records, batch, seed=tf.zeros([2], tf.int64))
             predictions = model.predict_on_batch((weights.trainable, weights.non_trainable), x, training=False)
             output = tff.learning.models.BatchOutput(predictions=predictions)
             return start + batch_size, model.update_metrics_state(state, y, output)

@@ -3,12 +3,12 @@
 One round of both is
 
     server:    send w_t and t to the clients S_t
-    client k:  d_k <- w_t - ClientUpdate(k, w_t)         # FedSGD: d_k <- grad F_k(w_t)
+    client k:  d_k <- w_t - ClientUpdate(k, w_t)         # FedSGD: d_k <- eta grad F_k(w_t)
     server:    d <- sum_{k in S_t} (n_k / m_t) d_k       # m_t = sum_{k in S_t} n_k, as in the erratum (arXiv v4)
-               w_{t+1} <- w_t - d                        # FedSGD: w_{t+1} <- w_t - eta d
+               w_{t+1} <- w_t - d
 
-FedAvg's last line is the paper's w_{t+1} <- sum_{k in S_t} (n_k / m_t) w^k_{t+1}, written as a step of a server
-optimizer (SGD with rate 1), so that another optimizer can take its place.
+The last line is the paper's w_{t+1} <- sum_{k in S_t} (n_k / m_t) w^k_{t+1}, written as a step of a server optimizer
+(SGD with rate 1), so that another optimizer can take its place.
 """
 
 import collections
@@ -21,6 +21,7 @@ import tensorflow_federated as tff
 from tff_fedavg.client_data import ClientDataset
 from tff_fedavg.client_update import client_gradient, client_update, minibatch_seed
 
+LearningRate = float | tf.keras.optimizers.schedules.LearningRateSchedule
 Factory = tff.aggregators.WeightedAggregationFactory | tff.aggregators.UnweightedAggregationFactory
 
 
@@ -30,7 +31,7 @@ def build_fed_avg(
     *,
     epochs: int,
     batch_size: int | None,
-    learning_rate: float,
+    learning_rate: LearningRate,
     seed: int = 0,
     server_optimizer: tff.learning.optimizers.Optimizer | None = None,
     aggregator: Factory | None = None,
@@ -45,8 +46,8 @@ def build_fed_avg(
       client_dataset: The client files.
       epochs: E, the number of local epochs.
       batch_size: B, the local minibatch size; None is the paper's B = inf.
-      learning_rate: eta, the clients' learning rate.
-      seed: Seeds the split of the clients' data into minibatches.
+      learning_rate: eta, the clients' learning rate; a schedule is a function of the number of finished rounds.
+      seed: Seeds the split of the clients' data into minibatches, and their augmentation.
       server_optimizer: Applies the averaged update; by default SGD with rate 1, which is the paper's averaging.
       aggregator: Averages the updates; by default `tff.aggregators.MeanFactory`, weighted by n_k. An unweighted
         factory gives every client of the round the same weight.
@@ -65,7 +66,7 @@ def build_fed_avg(
         raise ValueError(f"batch_size (B) is {batch_size}; it must be at least 1, or None for B = inf")
     _check_learning_rate(learning_rate)
 
-    def client_fn(weights, num_examples, batch_fn, client_seed):
+    def client_fn(weights, num_examples, batch_fn, learning_rate, seed):
         new_weights, loss_sum = client_update(
             model,
             weights,
@@ -74,19 +75,20 @@ def build_fed_avg(
             epochs=epochs,
             batch_size=batch_size,
             learning_rate=learning_rate,
-            seed=client_seed,
+            seed=seed,
         )
         return [old - new for old, new in zip(weights, new_weights)], loss_sum / epochs
 
     server_optimizer = server_optimizer or tff.learning.optimizers.build_sgdm(1.0)
-    return _build_learning_process(model, client_dataset, client_fn, server_optimizer, aggregator, seed)
+    return _build_learning_process(model, client_dataset, client_fn, learning_rate, seed, server_optimizer, aggregator)
 
 
 def build_fed_sgd(
     model: tff.learning.models.FunctionalModel,
     client_dataset: ClientDataset,
     *,
-    learning_rate: float,
+    learning_rate: LearningRate,
+    seed: int = 0,
     aggregator: Factory | None = None,
 ) -> tff.learning.templates.LearningProcess:
     """Builds FederatedSGD (Section 2): each client sends one gradient over all its data.
@@ -96,7 +98,8 @@ def build_fed_sgd(
     Args:
       model: As for `build_fed_avg`.
       client_dataset: As for `build_fed_avg`.
-      learning_rate: eta, the server's learning rate.
+      learning_rate: eta; as for `build_fed_avg`.
+      seed: Seeds the augmentation of the clients' data.
       aggregator: As for `build_fed_avg`.
 
     Returns:
@@ -107,21 +110,22 @@ def build_fed_sgd(
     """
     _check_learning_rate(learning_rate)
 
-    def client_fn(weights, num_examples, batch_fn, client_seed):
-        del client_seed  # All examples are in the one batch; their order does not matter.
-        return client_gradient(model, weights, num_examples, batch_fn)
+    def client_fn(weights, num_examples, batch_fn, learning_rate, seed):
+        gradient, loss_sum = client_gradient(model, weights, num_examples, batch_fn, seed=seed)
+        return [learning_rate * g for g in gradient], loss_sum
 
-    server_optimizer = tff.learning.optimizers.build_sgdm(learning_rate)
-    return _build_learning_process(model, client_dataset, client_fn, server_optimizer, aggregator, seed=0)
+    server_optimizer = tff.learning.optimizers.build_sgdm(1.0)
+    return _build_learning_process(model, client_dataset, client_fn, learning_rate, seed, server_optimizer, aggregator)
 
 
 def _build_learning_process(
     model: tff.learning.models.FunctionalModel,
     client_dataset: ClientDataset,
     client_fn: Callable,
+    learning_rate: LearningRate,
+    seed: int,
     server_optimizer: tff.learning.optimizers.Optimizer,
     aggregator: Factory | None,
-    seed: int,
 ) -> tff.learning.templates.LearningProcess:
     """Builds the round that the module's docstring shows; `client_fn` computes d_k and the loss sum."""
 
@@ -138,7 +142,8 @@ def _build_learning_process(
         update, loss_sum = client_fn(
             list(weights),
             num_examples,
-            lambda indices: client_dataset.batch(records, indices),
+            lambda indices, seed: client_dataset.batch(records, indices, seed),
+            learning_rate(round_number) if callable(learning_rate) else learning_rate,
             minibatch_seed(seed, round_number, client_id),
         )
         result = tff.learning.templates.ClientResult(tuple(update), tf.cast(num_examples, tf.float32))
@@ -210,6 +215,8 @@ def _build_learning_process(
     return tff.learning.templates.LearningProcess(initialize, next_round, get_model_weights, set_model_weights)
 
 
-def _check_learning_rate(learning_rate: float) -> None:
+def _check_learning_rate(learning_rate: LearningRate) -> None:
+    if callable(learning_rate):
+        return
     if not learning_rate > 0 or not np.isfinite(learning_rate):
         raise ValueError(f"learning_rate (eta) is {learning_rate}; it must be a number above 0")
