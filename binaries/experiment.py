@@ -1,8 +1,9 @@
 """One experiment of the paper: a task trained with an algorithm, with its files, progress and outcome."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import tensorflow as tf
 import tensorflow_federated as tff
 
 import tasks
@@ -11,9 +12,12 @@ from binaries.progress import ProgressPrinter
 from tasks.task import Task
 from tff_fedavg import learning_curve, training
 from tff_fedavg.run_directory import RunDirectory
+from tff_fedavg.sampling import num_sampled_clients
 
 # Settings that say when to stop, not what the run computes.
 _MAY_DIFFER = ("rounds", "target_accuracy")
+# Updates of SGD between two lines of metrics and of progress: a second or a few.
+_UPDATES_PER_CALL = 20
 
 
 def run(settings: Mapping[str, Any], *, data_dir: str, cache_dir: str, run_dir: str) -> None:
@@ -45,18 +49,13 @@ def run(settings: Mapping[str, Any], *, data_dir: str, cache_dir: str, run_dir: 
         directory.start(task.checksums)
         model = task.build_model(settings["seed"])
         fed_eval = tff_fedavg.build_fed_eval(model, task.test)
-        sample = tff_fedavg.build_sampling_fn(task.train.num_clients, settings["client_fraction"], settings["seed"])
-
-        def sample_clients(round_number):
-            # The largest first: no core is left waiting for a large client that started last.
-            return sorted(sample(round_number), key=lambda k: -task.train.num_examples[k])
-
+        process, training_selection_fn = _build_process(settings, task, model)
         try:
             with ProgressPrinter(run_dir, settings["rounds"]) as printer:
                 training.train(
-                    _build_process(settings, task, model),
+                    process,
                     directory,
-                    sample_clients=sample_clients,
+                    training_selection_fn=training_selection_fn,
                     evaluate=lambda weights: fed_eval(weights, list(range(task.test.num_clients))),
                     total_rounds=settings["rounds"],
                     rounds_per_evaluation=settings["eval_every"],
@@ -72,37 +71,63 @@ def run(settings: Mapping[str, Any], *, data_dir: str, cache_dir: str, run_dir: 
             title = f"{task.name}, {settings['partition']}, {settings['algorithm']}"
             curve = learning_curve.evaluations(learning_curve.read_metrics(directory.metrics_csv))
             learning_curve.plot(directory.learning_curve_png, *curve, target=target, title=title)
-    print(_outcome(directory, target, bytes_per_round=len(sample_clients(1)) * _num_bytes(model)))
+    print(_outcome(directory, target, settings, task, model))
 
 
 def _build_process(
     settings: Mapping[str, Any], task: Task, model: tff.learning.models.FunctionalModel
-) -> tff.learning.templates.LearningProcess:
+) -> tuple[tff.learning.templates.LearningProcess | tff_fedavg.CentralizedSGD, Callable[[int], Any]]:
+    """Returns the process, and what it takes for each round."""
+    learning_rate = settings["learning_rate"]
+    if settings["learning_rate_decay"]:
+        learning_rate = tf.keras.optimizers.schedules.ExponentialDecay(
+            learning_rate, settings["decay_every"], settings["learning_rate_decay"], staircase=True
+        )
+    arguments = {"learning_rate": learning_rate, "seed": settings["seed"]}
+    if settings["algorithm"] == "sgd":
+        process = tff_fedavg.CentralizedSGD(model, task.train, batch_size=settings["batch_size"], **arguments)
+        return process, lambda first_update: _num_updates(first_update, settings)
     if settings["algorithm"] == "fedsgd":
-        return tff_fedavg.build_fed_sgd(model, task.train, learning_rate=settings["learning_rate"])
-    return tff_fedavg.build_fed_avg(
-        model,
-        task.train,
-        epochs=settings["local_epochs"],
-        batch_size=settings["batch_size"] or None,
-        learning_rate=settings["learning_rate"],
-        seed=settings["seed"],
-    )
+        process = tff_fedavg.build_fed_sgd(model, task.train, **arguments)
+    else:
+        process = tff_fedavg.build_fed_avg(
+            model,
+            task.train,
+            epochs=settings["local_epochs"],
+            batch_size=settings["batch_size"] or None,
+            **arguments,
+        )
+    sample = tff_fedavg.build_sampling_fn(task.train.num_clients, settings["client_fraction"], settings["seed"])
+    # The largest first: no core is left waiting for a large client that started last.
+    return process, lambda t: sorted(sample(t), key=lambda k: -task.train.num_examples[k])
 
 
-def _outcome(directory: RunDirectory, target: float, bytes_per_round: int) -> str:
+def _num_updates(first_update: int, settings: Mapping[str, Any]) -> int:
+    """Returns how many updates of SGD, counted from 1, are run from this one to the next evaluation, or progress."""
+    before = first_update - 1
+    to_evaluation = settings["eval_every"] - before % settings["eval_every"]
+    return min(to_evaluation, settings["rounds"] - before, _UPDATES_PER_CALL)
+
+
+def _outcome(
+    directory: RunDirectory,
+    target: float,
+    settings: Mapping[str, Any],
+    task: Task,
+    model: tff.learning.models.FunctionalModel,
+) -> str:
     metrics = learning_curve.read_metrics(directory.metrics_csv)
     rounds, accuracies = learning_curve.evaluations(metrics)
     crossing = learning_curve.rounds_to_target(rounds, accuracies, target)
     last_round = int(metrics[-1][learning_curve.ROUND_FIELD])
     seconds = sum(row.get("training_time_in_seconds", 0.0) for row in metrics)
-    megabytes = bytes_per_round * last_round / 1e6
+    traffic = ""
+    if settings["algorithm"] != "sgd":
+        clients = num_sampled_clients(task.train.num_clients, settings["client_fraction"])
+        megabytes = sum(w.nbytes for w in model.initial_weights[0]) * clients * last_round / 1e6
+        traffic = f", {megabytes:.1f} MB up, {megabytes:.1f} MB down"
     return (
         f"{last_round} rounds, best accuracy {max(accuracies):.4f}, "
         f"rounds to {target:g}: {'not reached' if crossing is None else f'{crossing:.1f}'}, "
-        f"{seconds:.1f} s of training, {megabytes:.1f} MB up, {megabytes:.1f} MB down; see {directory.path}"
+        f"{seconds:.1f} s of training{traffic}; see {directory.path}"
     )
-
-
-def _num_bytes(model: tff.learning.models.FunctionalModel) -> int:
-    return sum(w.nbytes for w in model.initial_weights[0])

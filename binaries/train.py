@@ -32,18 +32,40 @@ _PARTITION = flags.DEFINE_string(
 )
 _CLIENTS = flags.DEFINE_integer("clients", None, "K, the number of clients; by default the paper's.", lower_bound=1)
 _CLIENT_FRACTION = flags.DEFINE_float(
-    "client_fraction", 0.1, "C, the fraction of clients in a round; 0 is one client.", lower_bound=0, upper_bound=1
+    "client_fraction",
+    None,
+    "C, the fraction of clients in a round; 0 is one client. By default 0.1.",
+    lower_bound=0,
+    upper_bound=1,
 )
-_LOCAL_EPOCHS = flags.DEFINE_integer("local_epochs", 5, "E, epochs of local SGD in a round.", lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 10, "B, the local minibatch size; 0 is B = inf.", lower_bound=0)
+_LOCAL_EPOCHS = flags.DEFINE_integer(
+    "local_epochs", None, "E, epochs of local SGD in a round; by default 5.", lower_bound=1
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "B, the local minibatch size; 0 is B = inf. By default 10, for sgd 100.", lower_bound=0
+)
 _LEARNING_RATE = flags.DEFINE_float(
     "learning_rate", None, "eta, the learning rate; by default one that the paper names for the model."
 )
-_ALGORITHM = flags.DEFINE_enum(
-    "algorithm", "fedavg", ["fedavg", "fedsgd"], "Federated Averaging, or FedSGD (E = 1, B = inf)."
+_LEARNING_RATE_DECAY = flags.DEFINE_float(
+    "learning_rate_decay", None, "Factor on eta every --decay_every rounds; by default eta is constant."
 )
-_ROUNDS = flags.DEFINE_integer("rounds", 100, "Communication rounds at most.", lower_bound=1)
-_EVAL_EVERY = flags.DEFINE_integer("eval_every", 1, "Rounds between evaluations on the test set.", lower_bound=1)
+_DECAY_EVERY = flags.DEFINE_integer(
+    "decay_every", None, "Rounds between two decays of eta; by default 1.", lower_bound=1
+)
+_ALGORITHM = flags.DEFINE_enum(
+    "algorithm",
+    "fedavg",
+    ["fedavg", "fedsgd", "sgd"],
+    "Federated Averaging, FedSGD (E = 1, B = inf), or centralised SGD on the data of all clients together (a round is "
+    "one update).",
+)
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", None, "Communication rounds at most; by default 100, for sgd 10,000.", lower_bound=1
+)
+_EVAL_EVERY = flags.DEFINE_integer(
+    "eval_every", None, "Rounds between evaluations on the test set; by default 1, for sgd 100.", lower_bound=1
+)
 _TARGET_ACCURACY = flags.DEFINE_float(
     "target_accuracy",
     None,
@@ -59,6 +81,21 @@ _RUN_DIR = flags.DEFINE_string("run_dir", None, "Where the run is kept; by defau
 flags.register_validator(
     "learning_rate", lambda rate: rate is None or 0 < rate < float("inf"), "eta must be a number above 0"
 )
+flags.register_validator(
+    "learning_rate_decay", lambda decay: decay is None or 0 < decay <= 1, "the factor must be above 0 and at most 1"
+)
+
+_DEFAULTS = {
+    "fedavg": {"client_fraction": 0.1, "local_epochs": 5, "batch_size": 10, "rounds": 100, "eval_every": 1},
+    "fedsgd": {"client_fraction": 0.1, "local_epochs": 1, "batch_size": 0, "rounds": 100, "eval_every": 1},
+    "sgd": {"client_fraction": None, "local_epochs": None, "batch_size": 100, "rounds": 10_000, "eval_every": 100},
+}
+# What an algorithm leaves no choice of, and why.
+_FIXED = {
+    "fedavg": ((), ""),
+    "fedsgd": (("local_epochs", "batch_size"), "has E = 1 and B = inf"),
+    "sgd": (("client_fraction", "local_epochs"), "has all data in one place"),
+}
 
 _FAILED = 2
 
@@ -93,12 +130,19 @@ def main(argv: list[str]) -> None:
 def _settings() -> dict[str, Any]:
     """Returns what the run depends on, with the defaults of the task filled in."""
     entry = tasks.TASKS[_TASK.value]
-    fedsgd = _ALGORITHM.value == "fedsgd"
-    for flag, value in ((_LOCAL_EPOCHS, 1), (_BATCH_SIZE, 0)):
-        if fedsgd and flag.present and flag.value != value:
-            raise ValueError(
-                f"--{flag.name} is {flag.value}, but --algorithm=fedsgd has E = 1 and B = inf: leave it out"
-            )
+    defaults = _DEFAULTS[_ALGORITHM.value]
+    chosen = {
+        flag.name: defaults[flag.name] if flag.value is None else flag.value
+        for flag in (_CLIENT_FRACTION, _LOCAL_EPOCHS, _BATCH_SIZE, _ROUNDS, _EVAL_EVERY)
+    }
+    fixed, reason = _FIXED[_ALGORITHM.value]
+    for name in fixed:
+        if chosen[name] != defaults[name]:
+            raise ValueError(f"--{name} is {chosen[name]}, but --algorithm={_ALGORITHM.value} {reason}: leave it out")
+    if _ALGORITHM.value == "sgd" and chosen["batch_size"] == 0:
+        raise ValueError("--batch_size is 0, but --algorithm=sgd takes minibatches: give their size")
+    if _DECAY_EVERY.value and not _LEARNING_RATE_DECAY.value:
+        raise ValueError("--decay_every needs --learning_rate_decay, the factor")
     if _DATA.value == "embedded" and entry.embedded is None:
         raise ValueError(f"--data is embedded, but no package comes with data for {_TASK.value}: leave it out")
     settings = {
@@ -106,13 +150,11 @@ def _settings() -> dict[str, Any]:
         "data": entry.embedded if _DATA.value == "embedded" else _DATA.value or entry.data[0],
         "partition": _PARTITION.value or entry.partitions[0],
         "clients": _CLIENTS.value,
-        "client_fraction": _CLIENT_FRACTION.value,
-        "local_epochs": 1 if fedsgd else _LOCAL_EPOCHS.value,
-        "batch_size": 0 if fedsgd else _BATCH_SIZE.value,
+        **chosen,
         "learning_rate": entry.learning_rate if _LEARNING_RATE.value is None else _LEARNING_RATE.value,
+        "learning_rate_decay": _LEARNING_RATE_DECAY.value,
+        "decay_every": _LEARNING_RATE_DECAY.value and (_DECAY_EVERY.value or 1),
         "algorithm": _ALGORITHM.value,
-        "rounds": _ROUNDS.value,
-        "eval_every": _EVAL_EVERY.value,
         "target_accuracy": _TARGET_ACCURACY.value,
         "seed": _SEED.value,
     }
@@ -123,10 +165,15 @@ def _settings() -> dict[str, Any]:
 
 
 def _description(settings: Mapping[str, Any], run_dir: str) -> str:
+    symbols = {"C": settings["client_fraction"], "E": settings["local_epochs"], "B": settings["batch_size"] or "inf"}
+    values = [f"{symbol} = {value}" for symbol, value in symbols.items() if value is not None]
+    decay = ""
+    if settings["learning_rate_decay"]:
+        decay = " x {learning_rate_decay:g} every {decay_every} rounds".format(**settings)
     return (
-        "{algorithm} on {task}, {data}, {partition}, with C = {client_fraction:g}, E = {local_epochs}, B = {b}, "
-        "eta = {learning_rate:g}, in {run_dir} (TensorFlow takes some seconds to start)"
-    ).format(**settings, b=settings["batch_size"] or "inf", run_dir=run_dir)
+        "{algorithm} on {task}, {data}, {partition}, with {values}, eta = {learning_rate:g}{decay}, in {run_dir} "
+        "(TensorFlow takes some seconds to start)"
+    ).format(**settings, values=", ".join(values), decay=decay, run_dir=run_dir)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -59,6 +59,8 @@ def saved_weights(run_dir, round_number):
         ("--batch_size=-1", "--batch_size=-1"),
         ("--learning_rate=-0.1", "--learning_rate=-0.1: eta must be a number above 0"),
         ("--learning_rate=nan", "--learning_rate=nan: eta must be a number above 0"),
+        ("--learning_rate_decay=0", "--learning_rate_decay=0.0: the factor must be above 0"),
+        ("--learning_rate_decay=1.01", "--learning_rate_decay=1.01: the factor must be above 0"),
         ("--clients=0", "--clients=0"),
         ("--seed=-1", "--seed=-1"),
         ("--rounds=many", "--rounds=many"),
@@ -84,11 +86,21 @@ def test_flags_are_read_from_a_flag_file(tmp_path):
     assert "--client_fraction=-0.5" in result.stderr
 
 
-@pytest.mark.parametrize("flag", ["--local_epochs=5", "--batch_size=10"])
-def test_flags_that_contradict_fedsgd_are_refused(tmp_path, flag):
-    result = train(tmp_path / "run", "--algorithm=fedsgd", flag)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--algorithm=fedsgd", "--local_epochs=5"], "--algorithm=fedsgd has E = 1 and B = inf: leave it out"),
+        (["--algorithm=fedsgd", "--batch_size=10"], "--algorithm=fedsgd has E = 1 and B = inf: leave it out"),
+        (["--algorithm=sgd", "--client_fraction=0.1"], "--algorithm=sgd has all data in one place: leave it out"),
+        (["--algorithm=sgd", "--local_epochs=1"], "--algorithm=sgd has all data in one place: leave it out"),
+        (["--algorithm=sgd", "--batch_size=0"], "--algorithm=sgd takes minibatches"),
+        (["--decay_every=10"], "--decay_every needs --learning_rate_decay"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(tmp_path, flags, message):
+    result = train(tmp_path / "run", *flags)
     assert result.returncode == 2
-    assert "but --algorithm=fedsgd has E = 1 and B = inf: leave it out" in result.stderr
+    assert message in result.stderr
 
 
 def test_help_names_the_papers_symbols_and_is_quick():
@@ -218,3 +230,18 @@ def test_loss_that_is_not_finite_ends_the_run_with_the_round_and_the_rate(finish
     message = r"round 1 diverged: its training loss is (nan|inf) at learning_rate=1e\+20; .* keeps the state before it"
     assert re.fullmatch(f"train: {message}\n", result.stderr)
     assert (run_dir / "states" / "program_state_0").is_dir()
+
+
+def test_centralised_sgd_counts_its_updates_as_rounds_and_leaves_the_same_files(tmp_path):
+    flags = ("--algorithm=sgd", "--learning_rate_decay=0.5", "--decay_every=50", "--rounds=120", "--eval_every=50")
+    result = train(tmp_path / "run", *flags)
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert " with B = 100, eta = 0.1 x 0.5 every 50 rounds, in " in lines[0]
+    assert re.fullmatch(
+        r"120 rounds, best accuracy 0\.\d+, rounds to 0.93: .*, \d+\.\d s of training; see .*", lines[-1]
+    )
+    evaluated = [row["round_num"] for row in metrics(tmp_path / "run") if row["evaluation/accuracy"]]
+    assert evaluated == ["0", "50", "100", "120"]
+    assert (tmp_path / "run" / "states" / "program_state_120").is_dir()
+    assert (tmp_path / "run" / "learning_curve.png").exists()

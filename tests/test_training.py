@@ -26,7 +26,7 @@ class Run:
     def to(self, total_rounds, **changes):
         directory = RunDirectory(self.path, {}, may_differ=())
         arguments = {
-            "sample_clients": build_sampling_fn(6, 0.5, seed=0),
+            "training_selection_fn": build_sampling_fn(6, 0.5, seed=0),
             "evaluate": lambda weights: {"accuracy": float(np.abs(weights.trainable[0]).mean())},
             "on_round": lambda progress: self.rounds.append(progress.round_number),
             "on_damaged": lambda path, _: self.damaged.append(path.name),
@@ -71,7 +71,7 @@ def test_interrupted_run_saves_the_last_round_and_goes_on_from_there(tmp_path, p
         return build_sampling_fn(6, 0.5, seed=0)(round_number)
 
     with pytest.raises(interrupt):
-        stopped.to(5, sample_clients=stop_in_round_4)
+        stopped.to(5, training_selection_fn=stop_in_round_4)
     stopped.rounds.clear()
     state = stopped.to(5)
     assert stopped.rounds == [4, 5]

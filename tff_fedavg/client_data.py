@@ -40,6 +40,7 @@ class ClientDataset:
       directory: Where the files are.
       element_spec: Ordered mapping from feature name to the `tf.TensorSpec` of one stored example.
       num_examples: int64 `[K]`, n_k of every client.
+      record_bytes: Size of one stored example.
       preprocess_fn: Maps a batch of stored examples and a seed to the `(x, y)` that the model takes.
     """
 
@@ -70,6 +71,7 @@ class ClientDataset:
         self.element_spec = collections.OrderedDict(
             (f["name"], tf.TensorSpec(f["shape"], f["dtype"])) for f in manifest["features"]
         )
+        self.record_bytes = sum(_num_bytes(spec) for spec in self.element_spec.values())
         self._offsets = np.fromfile(self.directory / "offsets.bin", "<i8")
         self.num_examples = np.diff(self._offsets)
 
@@ -102,14 +104,13 @@ class ClientDataset:
         with tf.control_dependencies([in_range]):
             bounds = _read_bytes(self.directory / "offsets.bin", k * _OFFSET_BYTES, 2 * _OFFSET_BYTES)
         begin, end = tf.unstack(tf.io.decode_raw(bounds, tf.int64), 2)
-        record_bytes = sum(_num_bytes(spec) for spec in self.element_spec.values())
 
         def read_examples():
             path = self.directory / "examples.bin"
-            return _read_bytes(path, begin * record_bytes, (end - begin) * record_bytes)
+            return _read_bytes(path, begin * self.record_bytes, (end - begin) * self.record_bytes)
 
         content = tf.cond(end > begin, read_examples, lambda: tf.constant(b""))
-        return tf.reshape(tf.io.decode_raw(content, tf.uint8), [-1, record_bytes])
+        return tf.reshape(tf.io.decode_raw(content, tf.uint8), [-1, self.record_bytes])
 
     def batch(self, records: tf.Tensor, indices: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the preprocessed batch `(x, y)` of some rows of what `read` gave.
@@ -129,6 +130,18 @@ class ClientDataset:
                 content = tf.bitcast(tf.reshape(content, [-1, *spec.shape, spec.dtype.size]), spec.dtype)
             features[name] = tf.reshape(content, [-1, *spec.shape])
         return self.preprocess_fn(features, seed)
+
+    def gather(self, indices: np.ndarray) -> np.ndarray:
+        """Reads examples of all clients by their places in the file, outside any graph.
+
+        Args:
+          indices: Integer `[n]`, from 0 to the number of all examples: client 0's, then client 1's, ...
+
+        Returns:
+          uint8 `[n, record_bytes]`: one example a row, for `batch`.
+        """
+        shape = (int(self._offsets[-1]), self.record_bytes)
+        return np.memmap(self.directory / "examples.bin", np.uint8, "r", shape=shape)[indices]
 
     def load(self, client_id: int) -> dict[str, np.ndarray]:
         """Returns the stored examples of one client as arrays `[n_k, ...]`, outside any graph."""

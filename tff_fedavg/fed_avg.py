@@ -64,7 +64,7 @@ def build_fed_avg(
         raise ValueError(f"epochs (E) is {epochs}; it must be at least 1")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size (B) is {batch_size}; it must be at least 1, or None for B = inf")
-    _check_learning_rate(learning_rate)
+    check_learning_rate(learning_rate)
 
     def client_fn(weights, num_examples, batch_fn, learning_rate, seed):
         new_weights, loss_sum = client_update(
@@ -108,7 +108,7 @@ def build_fed_sgd(
     Raises:
       ValueError: If the learning rate is out of range.
     """
-    _check_learning_rate(learning_rate)
+    check_learning_rate(learning_rate)
 
     def client_fn(weights, num_examples, batch_fn, learning_rate, seed):
         gradient, loss_sum = client_gradient(model, weights, num_examples, batch_fn, seed=seed)
@@ -215,7 +215,8 @@ def _build_learning_process(
     return tff.learning.templates.LearningProcess(initialize, next_round, get_model_weights, set_model_weights)
 
 
-def _check_learning_rate(learning_rate: LearningRate) -> None:
+def check_learning_rate(learning_rate: LearningRate) -> None:
+    """Raises a `ValueError` for a learning rate that is no number above 0. A schedule may be anything."""
     if callable(learning_rate):
         return
     if not learning_rate > 0 or not np.isfinite(learning_rate):

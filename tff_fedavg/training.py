@@ -10,13 +10,14 @@ import concurrent.futures
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow_federated as tff
 
 from tff_fedavg import learning_curve
+from tff_fedavg.centralized import CentralizedSGD
 from tff_fedavg.run_directory import RunDirectory
 
 _SECONDS_BETWEEN_SAVES = 30.0
@@ -46,10 +47,10 @@ class Progress:
 
 
 def train(
-    process: tff.learning.templates.LearningProcess,
+    process: tff.learning.templates.LearningProcess | CentralizedSGD,
     directory: RunDirectory,
     *,
-    sample_clients: Callable[[int], Sequence[int]],
+    training_selection_fn: Callable[[int], Any],
     evaluate: Callable[[tff.learning.models.ModelWeights], Mapping[str, float]],
     total_rounds: int,
     rounds_per_evaluation: int = 1,
@@ -64,9 +65,10 @@ def train(
     function of the state and the sampled clients, so a resumed run repeats the unsaved rounds exactly.
 
     Args:
-      process: The learning process.
+      process: The learning process. Its state counts the finished rounds as `client_work`.
       directory: Gets the states, and the metrics of each round as CSV and for TensorBoard.
-      sample_clients: Maps the round, from 1, to the ids of its clients.
+      training_selection_fn: Maps the round, from 1, to what `process.next` takes: the ids of its clients, or how many
+        rounds are run in one call. These must end with every round that is evaluated.
       evaluate: Maps model weights to metrics; must contain "accuracy".
       total_rounds: Last round.
       rounds_per_evaluation: Evaluates round 0, its multiples, and the last round.
@@ -122,15 +124,16 @@ def train(
             finish_round(0, collections.OrderedDict(), state)
         while round_number < total_rounds and not _reached(best_accuracy, target_accuracy):
             start = time.monotonic()
-            output = process.next(state, sample_clients(round_number + 1))
+            output = process.next(state, training_selection_fn(round_number + 1))
             metrics = _flatten(output.metrics)
+            next_round_number = int(output.state.client_work)
             if not np.isfinite(metrics["client_work/train/loss"]) or metrics["finalizer/update_non_finite"]:
                 raise DivergedError(
-                    f"round {round_number + 1} diverged: its training loss is {metrics['client_work/train/loss']:g}"
+                    f"round {next_round_number} diverged: its training loss is {metrics['client_work/train/loss']:g}"
                 )
             metrics["training_time_in_seconds"] = time.monotonic() - start
-            finish_round(round_number + 1, metrics, output.state)
-            round_number, state = round_number + 1, output.state
+            finish_round(next_round_number, metrics, output.state)
+            round_number, state = next_round_number, output.state
             if time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES:
                 save(round_number, state)
     finally:
