@@ -6,6 +6,7 @@ import time
 
 import tqdm
 
+from binaries.program import first_line
 from tff_fedavg.learning_curve import ACCURACY_FIELD
 from tff_fedavg.training import Progress
 
@@ -32,8 +33,7 @@ class ProgressPrinter:
 
     def report_damaged(self, path: pathlib.Path, error: Exception) -> None:
         """Says that a saved state cannot be read."""
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        print(f"{path} is damaged ({reason}): going on from the state before it", file=sys.stderr)
+        print(f"{path} is damaged ({first_line(error)}): going on from the state before it", file=sys.stderr)
 
     def start(self, round_number: int) -> None:
         """Says where training goes on."""

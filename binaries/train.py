@@ -5,32 +5,17 @@
 Started again with the same --run_dir, it goes on where it was.
 """
 
-import gc
+import math
 import os
-import signal
-import sys
 from collections.abc import Mapping
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 
 import tasks
+from binaries import program, task_flags
 
-_TASK = flags.DEFINE_enum("task", "mnist_2nn", sorted(tasks.TASKS), "Data set and model.")
-_DATA = flags.DEFINE_string(
-    "data",
-    None,
-    "Data source of the task, such as mnist or mnist5k; embedded is the one that comes with the packages. By default "
-    "the paper's own.",
-)
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir", "~/.cache/tff_fedavg/data", "Where the data are, or are kept after a download."
-)
-_CACHE_DIR = flags.DEFINE_string("cache_dir", "~/.cache/tff_fedavg/clients", "Where the client files are kept.")
-_PARTITION = flags.DEFINE_string(
-    "partition", None, "How the examples are divided among the clients, such as iid or pathological; by default iid."
-)
-_CLIENTS = flags.DEFINE_integer("clients", None, "K, the number of clients; by default the paper's.", lower_bound=1)
+flags.adopt_module_key_flags(task_flags)
 _CLIENT_FRACTION = flags.DEFINE_float(
     "client_fraction",
     None,
@@ -73,9 +58,6 @@ _TARGET_ACCURACY = flags.DEFINE_float(
     lower_bound=0,
     upper_bound=1,
 )
-_SEED = flags.DEFINE_integer(
-    "seed", 0, "Seeds the initial weights, the partition, the sampling and the minibatches.", lower_bound=0
-)
 _RUN_DIR = flags.DEFINE_string("run_dir", None, "Where the run is kept; by default runs/TASK.")
 
 flags.register_validator(
@@ -97,39 +79,22 @@ _FIXED = {
     "sgd": (("client_fraction", "local_epochs"), "has all data in one place"),
 }
 
-_FAILED = 2
 
-
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        _fail(f"unknown argument {argv[1]!r}: flags start with --")
-    # TensorFlow reads this when it is imported, which is why that comes last; the worker inherits it.
-    verbose = logging.get_verbosity() > logging.WARNING
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "3")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    run_dir = os.path.expanduser(_RUN_DIR.value or f"runs/{_TASK.value}")
+def main() -> None:
+    settings = _settings()
+    run_dir = os.path.expanduser(_RUN_DIR.value or f"runs/{settings['task']}")
+    print(_description(settings, run_dir), flush=True)
     try:
-        settings = _settings()
-        print(_description(settings, run_dir), flush=True)
-        from binaries import experiment
+        from binaries import experiment  # Last, since it imports TensorFlow.
 
-        experiment.run(
-            settings,
-            data_dir=os.path.expanduser(_DATA_DIR.value),
-            cache_dir=os.path.expanduser(_CACHE_DIR.value),
-            run_dir=run_dir,
-        )
-    except KeyboardInterrupt:
-        _fail(f"interrupted; the same command goes on where {run_dir} stopped", 128 + signal.SIGINT)
-    except (ValueError, OSError, RuntimeError) as e:
-        if verbose:
-            raise
-        _fail(_first_line(e))
+        experiment.run(settings, **task_flags.directories(), run_dir=run_dir)
+    except KeyboardInterrupt as e:
+        raise KeyboardInterrupt(f"interrupted; the same command goes on where {run_dir} stopped") from e
 
 
 def _settings() -> dict[str, Any]:
-    """Returns what the run depends on, with the defaults of the task filled in."""
-    entry = tasks.TASKS[_TASK.value]
+    """Returns what the run depends on, with the defaults of the task and the algorithm filled in."""
+    settings = task_flags.settings()
     defaults = _DEFAULTS[_ALGORITHM.value]
     chosen = {
         flag.name: defaults[flag.name] if flag.value is None else flag.value
@@ -143,30 +108,21 @@ def _settings() -> dict[str, Any]:
         raise ValueError("--batch_size is 0, but --algorithm=sgd takes minibatches: give their size")
     if _DECAY_EVERY.value and not _LEARNING_RATE_DECAY.value:
         raise ValueError("--decay_every needs --learning_rate_decay, the factor")
-    if _DATA.value == "embedded" and entry.embedded is None:
-        raise ValueError(f"--data is embedded, but no package comes with data for {_TASK.value}: leave it out")
-    settings = {
-        "task": _TASK.value,
-        "data": entry.embedded if _DATA.value == "embedded" else _DATA.value or entry.data[0],
-        "partition": _PARTITION.value or entry.partitions[0],
-        "clients": _CLIENTS.value,
+    rate = tasks.TASKS[settings["task"]].learning_rate if _LEARNING_RATE.value is None else _LEARNING_RATE.value
+    return {
+        **settings,
         **chosen,
-        "learning_rate": entry.learning_rate if _LEARNING_RATE.value is None else _LEARNING_RATE.value,
+        "learning_rate": rate,
         "learning_rate_decay": _LEARNING_RATE_DECAY.value,
         "decay_every": _LEARNING_RATE_DECAY.value and (_DECAY_EVERY.value or 1),
         "algorithm": _ALGORITHM.value,
         "target_accuracy": _TARGET_ACCURACY.value,
-        "seed": _SEED.value,
     }
-    for name, values in (("data", entry.data), ("partition", entry.partitions)):
-        if settings[name] not in values:
-            raise ValueError(f"--{name} is {settings[name]}; {_TASK.value} takes {', '.join(values)}")
-    return settings
 
 
 def _description(settings: Mapping[str, Any], run_dir: str) -> str:
-    symbols = {"C": settings["client_fraction"], "E": settings["local_epochs"], "B": settings["batch_size"] or "inf"}
-    values = [f"{symbol} = {value}" for symbol, value in symbols.items() if value is not None]
+    symbols = {"C": settings["client_fraction"], "E": settings["local_epochs"], "B": settings["batch_size"] or math.inf}
+    values = [f"{symbol} = {value:g}" for symbol, value in symbols.items() if value is not None]
     decay = ""
     if settings["learning_rate_decay"]:
         decay = " x {learning_rate_decay:g} every {decay_every} rounds".format(**settings)
@@ -176,26 +132,5 @@ def _description(settings: Mapping[str, Any], run_dir: str) -> str:
     ).format(**settings, values=", ".join(values), decay=decay, run_dir=run_dir)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as e:
-        _fail(_first_line(e))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _fail(message: str, status: int = _FAILED) -> None:
-    print(f"train: {message}", file=sys.stderr)
-    sys.exit(status)
-
-
 if __name__ == "__main__":
-    # Not `app.run`: below it Keras 2.14 makes no symbolic inputs when TensorFlow was not imported before.
-    app.define_help_flags()
-    try:
-        main(_parse_flags(sys.argv))
-    finally:
-        gc.freeze()  # Python's last collections would take a second or two on what TensorFlow has imported.
+    program.run("train", main)

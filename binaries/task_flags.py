@@ -1,0 +1,54 @@
+"""The flags that choose a task, its data and its partition."""
+
+import os
+from typing import Any
+
+from absl import flags
+
+import tasks
+
+_TASK = flags.DEFINE_enum("task", "mnist_2nn", sorted(tasks.TASKS), "Data set and model.")
+_DATA = flags.DEFINE_string(
+    "data",
+    None,
+    "Data source of the task, such as mnist or mnist5k; embedded is the one that comes with the packages. By default "
+    "the paper's own.",
+)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", "~/.cache/tff_fedavg/data", "Where the data are, or are kept after a download."
+)
+_CACHE_DIR = flags.DEFINE_string("cache_dir", "~/.cache/tff_fedavg/clients", "Where the client files are kept.")
+_PARTITION = flags.DEFINE_string(
+    "partition", None, "How the examples are divided among the clients, such as iid or pathological; by default iid."
+)
+_CLIENTS = flags.DEFINE_integer("clients", None, "K, the number of clients; by default the paper's.", lower_bound=1)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Seeds the initial weights, the partition, the sampling and the minibatches.", lower_bound=0
+)
+
+
+def settings() -> dict[str, Any]:
+    """Returns what the client files depend on, with the defaults of the task filled in.
+
+    Raises:
+      ValueError: If the task does not have such data or such a partition.
+    """
+    entry = tasks.TASKS[_TASK.value]
+    if _DATA.value == "embedded" and entry.embedded is None:
+        raise ValueError(f"--data is embedded, but no package comes with data for {_TASK.value}: leave it out")
+    chosen = {
+        "task": _TASK.value,
+        "data": entry.embedded if _DATA.value == "embedded" else _DATA.value or entry.data[0],
+        "partition": _PARTITION.value or entry.partitions[0],
+        "clients": _CLIENTS.value,
+        "seed": _SEED.value,
+    }
+    for name, values in (("data", entry.data), ("partition", entry.partitions)):
+        if chosen[name] not in values:
+            raise ValueError(f"--{name} is {chosen[name]}; {_TASK.value} takes {', '.join(values)}")
+    return chosen
+
+
+def directories() -> dict[str, str]:
+    """Returns where the data and the client files are: `data_dir` and `cache_dir`."""
+    return {flag.name: os.path.expanduser(flag.value) for flag in (_DATA_DIR, _CACHE_DIR)}
