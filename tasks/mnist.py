@@ -119,6 +119,7 @@ def build_task(
             "accuracy": lambda: tf.keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
         },
         target_accuracy=_TARGETS[name, data],
+        label_names=lambda: [str(digit) for digit in range(10)],
         checksums=checksums,
     )
 

@@ -130,6 +130,7 @@ def build_task(
             "accuracy": lambda: MaskedAccuracy(PADDING),
         },
         target_accuracy=_TARGET,
+        label_names=lambda: [*map(chr, range(256)), "", "\N{START OF TEXT}"],
         checksums=checksums,
     )
 

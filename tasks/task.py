@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import tensorflow as tf
 import tensorflow_federated as tff
@@ -22,6 +22,8 @@ class Task:
       loss: Loss of the model's outputs.
       metrics: Constructors of the metrics on the test set; "accuracy" is the one that the target is about.
       target_accuracy: Test accuracy whose rounds the paper counts.
+      label_names: Returns what the labels stand for. Of a text they read as it does when set next to each other: a
+        word ends in a space, and padding is empty.
       checksums: SHA-256 of the files that the data came from, by file name.
     """
 
@@ -32,6 +34,7 @@ class Task:
     loss: tf.keras.losses.Loss
     metrics: Mapping[str, Callable[[], tf.keras.metrics.Metric]]
     target_accuracy: float
+    label_names: Callable[[], Sequence[str]]
     checksums: Mapping[str, str]
 
     def build_model(self, seed: int) -> tff.learning.models.FunctionalModel:

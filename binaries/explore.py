@@ -1,0 +1,37 @@
+"""Pictures of a federated data set, before one trains on it; leaves them as PNG in --output_dir.
+
+python -m binaries.explore --task=mnist_2nn --data=embedded --partition=pathological
+"""
+
+import os
+import pathlib
+
+from absl import flags
+
+from binaries import program, task_flags
+
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Where the pictures go; by default pictures/TASK-PARTITION.")
+
+flags.adopt_module_key_flags(task_flags)
+
+
+def main() -> None:
+    settings = task_flags.settings()
+    output_dir = pathlib.Path(os.path.expanduser(_OUTPUT_DIR.value or "pictures/{task}-{partition}".format(**settings)))
+    output_dir.mkdir(parents=True, exist_ok=True)
+    print(f"pictures of {settings['task']} in {output_dir} (TensorFlow takes some seconds to start)", flush=True)
+
+    # Last, since they import TensorFlow.
+    import tasks
+    from binaries import pictures
+
+    task = tasks.build_task(settings.pop("task"), **settings, **task_flags.directories())
+    print(pictures.summary(task))
+    for name in ("examples_per_client", "labels_per_client", "clients"):
+        path = output_dir / f"{name}.png"
+        pictures.save(getattr(pictures, name)(task), path)
+        print(path)
+
+
+if __name__ == "__main__":
+    program.run("explore", main)
