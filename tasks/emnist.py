@@ -14,6 +14,7 @@ import itertools
 import operator
 import os
 import pathlib
+import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
@@ -40,6 +41,7 @@ _EXAMPLES_PER_TEST_PART = 1000
 _NUM_CLIENTS = 100
 
 _KERAS_MODELS = {"emnist_2nn": models.mnist_2nn, "emnist_cnn": models.mnist_cnn}
+_CLASSES = string.digits + string.ascii_uppercase + string.ascii_lowercase
 _NUM_CLASSES = {"digits": 10, "all": 62, "synthetic": 10}
 _TARGETS = {
     # Not from the paper: those of MNIST.
@@ -121,6 +123,7 @@ def build_task(
             "accuracy": lambda: tf.keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
         },
         target_accuracy=_TARGETS[name, data],
+        label_names=lambda: list(_CLASSES[: _NUM_CLASSES[data]]),
         checksums=checksums,
     )
 
