@@ -45,7 +45,23 @@ _SHAKESPEARE = TaskEntry(
     learning_rate=1.47,
 )
 
-TASKS = {"mnist_2nn": _MNIST_2NN, "mnist_cnn": _MNIST_CNN, "shakespeare_lstm": _SHAKESPEARE}
+_EMNIST_2NN = TaskEntry(
+    module="tasks.emnist",
+    data=("digits", "all", "synthetic"),
+    embedded="synthetic",
+    partitions=("writer", "iid", "pathological", "unbalanced_iid", "unbalanced_pathological"),
+    learning_rate=0.1,
+)
+
+_EMNIST_CNN = dataclasses.replace(_EMNIST_2NN, learning_rate=0.215)
+
+TASKS = {
+    "mnist_2nn": _MNIST_2NN,
+    "mnist_cnn": _MNIST_CNN,
+    "shakespeare_lstm": _SHAKESPEARE,
+    "emnist_2nn": _EMNIST_2NN,
+    "emnist_cnn": _EMNIST_CNN,
+}
 
 
 def build_task(name: str, **settings: Any):

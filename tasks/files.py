@@ -1,6 +1,7 @@
 """Files of data sets: finding and reading them."""
 
 import gzip
+import hashlib
 import os
 import pathlib
 import zlib
@@ -26,3 +27,9 @@ def read_file(path: pathlib.Path) -> bytes:
         return gzip.decompress(content) if path.suffix == ".gz" else content
     except (OSError, EOFError, zlib.error) as e:
         raise ValueError(f"{path} is damaged, or no gzip file: {e}") from e
+
+
+def sha256(path: pathlib.Path) -> str:
+    """Returns the SHA-256 of a file of any size, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

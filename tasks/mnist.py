@@ -22,7 +22,7 @@ from tasks.files import find_file, read_file
 from tasks.task import Task
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
-from tff_fedavg.partition import Partition, iid, natural, pathological, unbalanced_iid, unbalanced_pathological
+from tff_fedavg.partition import build_partition, natural
 
 _IDX_FILES = (
     "train-images-idx3-ubyte",
@@ -94,7 +94,11 @@ def build_task(
 
     def train_clients() -> Iterator[Mapping[str, np.ndarray]]:
         images, labels, _, _ = load_once()
-        for indices in _partition(partition, labels, clients, seed, writers_file):
+        if writers_file is not None:
+            indices_of_clients = natural(_read_writers(writers_file, len(labels)))
+        else:
+            indices_of_clients = build_partition(partition, labels, clients, seed)
+        for indices in indices_of_clients:
             yield {"image": images[indices], "label": labels[indices]}
 
     def test_parts() -> Iterator[Mapping[str, np.ndarray]]:
@@ -128,26 +132,12 @@ def _preprocess(example: Mapping[str, tf.Tensor], seed: tf.Tensor) -> tuple[tf.T
     return tf.cast(example["image"], tf.float32) / 255.0, tf.cast(example["label"], tf.int32)
 
 
-def _partition(
-    name: str, labels: np.ndarray, num_clients: int | None, seed: int, writers_file: pathlib.Path | None
-) -> Partition:
-    match name:
-        case "iid":
-            return iid(len(labels), num_clients, seed)
-        case "pathological":
-            return pathological(labels, num_clients, seed)
-        case "unbalanced_iid":
-            return unbalanced_iid(len(labels), num_clients, seed)
-        case "unbalanced_pathological":
-            return unbalanced_pathological(labels, num_clients, seed)
-        case "writer":
-            writers = _read_idx(writers_file)
-            if writers.ndim != 2 or len(writers) != len(labels):
-                raise ValueError(
-                    f"{writers_file} has the shape {writers.shape}; it needs one row for each of {len(labels)} digits"
-                )
-            return natural(writers[:, _WRITERS_COLUMN])
-    raise ValueError(f"partition is {name!r}, which MNIST does not have")
+def _read_writers(path: pathlib.Path, num_digits: int) -> np.ndarray:
+    """Returns who wrote each training digit, int32 `[n]`."""
+    writers = _read_idx(path)
+    if writers.ndim != 2 or len(writers) != num_digits:
+        raise ValueError(f"{path} has the shape {writers.shape}; it needs one row for each of {num_digits} digits")
+    return writers[:, _WRITERS_COLUMN]
 
 
 def _find_mnist5k() -> tuple[list[pathlib.Path], Callable[[], Arrays]]:

@@ -17,3 +17,13 @@ def test_outputs_are_ten_logits(build):
     outputs = build()(tf.random.stateless_normal([7, 28, 28], [0, 0])).numpy()
     assert outputs.shape == (7, 10)
     assert outputs.min() < 0  # Neither ReLU nor softmax comes after the last layer.
+
+
+# The count of the paper, and 52 more outputs with a weight for each of the last 200 or 512 units and a bias.
+@pytest.mark.parametrize(
+    ("build", "count"), [(models.mnist_2nn, 199_210 + 52 * 201), (models.mnist_cnn, 1_663_370 + 52 * 513)]
+)
+def test_62_classes_add_outputs_only(build, count):
+    model = build(62)
+    assert model.count_params() == count
+    assert model.output_shape == (None, 62)

@@ -72,6 +72,18 @@ def test_unbalanced_sizes_are_log_normal():
         assert abs(skewness) < 0.2
 
 
+@pytest.mark.parametrize("name", ["iid", "pathological", "unbalanced_iid", "unbalanced_pathological"])
+def test_partition_by_name_is_that_of_the_function(name):
+    expected = getattr(partition, name)(600 if name.endswith("iid") else LABELS[:600], 10, 3)
+    for client, indices in zip(partition.build_partition(name, LABELS[:600], 10, 3), expected, strict=True):
+        np.testing.assert_array_equal(client, indices)
+
+
+def test_partition_of_another_name_is_refused():
+    with pytest.raises(ValueError, match="there is no partition 'dirichlet'"):
+        partition.build_partition("dirichlet", LABELS, 10, 0)
+
+
 def test_same_seed_same_partition_other_seed_other_partition():
     for build in (
         lambda seed: partition.iid(600, 10, seed),

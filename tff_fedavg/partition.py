@@ -15,6 +15,30 @@ Partition = list[np.ndarray]
 _UNBALANCED_SIGMA = 1.0
 
 
+def build_partition(name: str, labels: np.ndarray, num_clients: int, seed: int) -> Partition:
+    """Makes a partition by its name: "iid", "pathological", "unbalanced_iid" or "unbalanced_pathological".
+
+    Args:
+      name: Name of a function below.
+      labels: `[n]`, the label of each example.
+      num_clients: K.
+      seed: Seeds the partition.
+
+    Raises:
+      ValueError: If there is no such partition, or it has fewer examples than it needs.
+    """
+    match name:
+        case "iid":
+            return iid(len(labels), num_clients, seed)
+        case "pathological":
+            return pathological(labels, num_clients, seed)
+        case "unbalanced_iid":
+            return unbalanced_iid(len(labels), num_clients, seed)
+        case "unbalanced_pathological":
+            return unbalanced_pathological(labels, num_clients, seed)
+    raise ValueError(f"there is no partition {name!r}")
+
+
 def iid(num_examples: int, num_clients: int, seed: int) -> Partition:
     """Shuffles the examples and gives each client an equal share (for MNIST, 600 to each of 100)."""
     _check_counts(num_examples, num_clients, num_clients)
@@ -25,6 +49,7 @@ def pathological(labels: np.ndarray, num_clients: int, seed: int, *, shards_per_
     """Sorts the examples by label, cuts them into equal shards, and gives each client some shards at random.
 
     With the paper's 2 shards per client (for MNIST 200 shards of 300) most clients have examples of two labels only.
+    Where the examples cannot be divided equally, some shards have one more than others.
 
     Args:
       labels: `[n]`, the label of each example.
