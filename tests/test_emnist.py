@@ -278,7 +278,7 @@ def test_fed_avg_learns_the_synthetic_digits(worker, tmp_path):
     evaluate = build_fed_eval(model, task.test)
     state = process.initialize()
     before = evaluate(state.global_model_weights, [0])
-    for _ in range(5):
+    for _ in range(10):
         state, _ = process.next(state, [0, 1])
     after = evaluate(state.global_model_weights, [0])
     assert before["accuracy"] < 0.5
