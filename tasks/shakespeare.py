@@ -127,7 +127,7 @@ def build_task(
             "loss": lambda: tf.keras.metrics.SparseCategoricalCrossentropy(
                 from_logits=True, ignore_class=PADDING, name="loss"
             ),
-            "accuracy": lambda: MaskedAccuracy(PADDING),
+            "accuracy": lambda: MaskedAccuracy([PADDING]),
         },
         target_accuracy=_TARGET,
         checksums=checksums,
