@@ -26,3 +26,15 @@ def read_file(path: pathlib.Path) -> bytes:
         return gzip.decompress(content) if path.suffix == ".gz" else content
     except (OSError, EOFError, zlib.error) as e:
         raise ValueError(f"{path} is damaged, or no gzip file: {e}") from e
+
+
+def read_text(path: pathlib.Path) -> str:
+    """Returns the content of a UTF-8 file, as `read_file`.
+
+    Raises:
+      ValueError: If the file cannot be read, decompressed or decoded.
+    """
+    try:
+        return read_file(path).decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text: {e}") from e
