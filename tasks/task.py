@@ -22,7 +22,7 @@ class Task:
       loss: Loss of the model's outputs.
       metrics: Constructors of the metrics on the test set; "accuracy" is the one that the target is about.
       target_accuracy: Test accuracy whose rounds the paper counts.
-      checksums: SHA-256 of the files that the data came from, by file name.
+      checksums: SHA-256 of the files that the data came from, by file name; of a large database, see its task.
     """
 
     name: str

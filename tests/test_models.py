@@ -17,3 +17,9 @@ def test_outputs_are_ten_logits(build):
     outputs = build()(tf.random.stateless_normal([7, 28, 28], [0, 0])).numpy()
     assert outputs.shape == (7, 10)
     assert outputs.min() < 0  # Neither ReLU nor softmax comes after the last layer.
+
+
+def test_word_lstm_has_the_papers_parameters_and_gives_logits_of_ten_thousand_words():
+    model = models.word_lstm()
+    assert sum(np.prod(w.shape) for w in model.trainable_weights) == 4_950_544
+    assert model(tf.constant([[2, 9_999, 4]])).shape == (1, 3, 10_000)
