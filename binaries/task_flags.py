@@ -19,7 +19,9 @@ _DATA_DIR = flags.DEFINE_string(
 )
 _CACHE_DIR = flags.DEFINE_string("cache_dir", "~/.cache/tff_fedavg/clients", "Where the client files are kept.")
 _PARTITION = flags.DEFINE_string(
-    "partition", None, "How the examples are divided among the clients, such as iid or pathological; by default iid."
+    "partition",
+    None,
+    "How the examples are divided among the clients, such as iid or pathological; by default the first of the task's.",
 )
 _CLIENTS = flags.DEFINE_integer("clients", None, "K, the number of clients; by default the paper's.", lower_bound=1)
 _SEED = flags.DEFINE_integer(

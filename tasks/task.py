@@ -24,7 +24,7 @@ class Task:
       target_accuracy: Test accuracy whose rounds the paper counts.
       label_names: Returns what the labels stand for. Of a text they read as it does when set next to each other: a
         word ends in a space, and padding is empty.
-      checksums: SHA-256 of the files that the data came from, by file name.
+      checksums: SHA-256 of the files that the data came from, by file name; of a large database, see its task.
     """
 
     name: str

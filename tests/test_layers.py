@@ -220,7 +220,7 @@ def test_char_lstm_equals_the_model_of_keras_cells():
 def test_fit_learns_and_predict_agrees_with_a_call():
     model = small_model(PeepholeLSTM)
     lines = np.random.randint(0, 4, [32, 1]) * np.ones([1, 9], np.int32)
-    model.compile(tf.keras.optimizers.SGD(1.0), masked_loss(), metrics=[MaskedAccuracy(PADDING)])
+    model.compile(tf.keras.optimizers.SGD(1.0), masked_loss(), metrics=[MaskedAccuracy([PADDING])])
     losses = model.fit(lines, lines, batch_size=10, epochs=5, verbose=0).history["loss"]
     assert losses[-1] < losses[0] / 2
     assert_close([model.predict(lines, verbose=0)], [model(lines)])
@@ -290,7 +290,7 @@ def test_fed_avg_round_equals_plain_sgd_with_the_keras_cell(worker, tmp_path):
     dataset = tff_fedavg.ClientDataset(tmp_path, batch)
     metrics = collections.OrderedDict(
         loss=lambda: tf.keras.metrics.SparseCategoricalCrossentropy(from_logits=True, ignore_class=PADDING),
-        accuracy=lambda: MaskedAccuracy(PADDING),
+        accuracy=lambda: MaskedAccuracy([PADDING]),
     )
     model = tff.learning.models.functional_model_from_keras(model, masked_loss(), dataset.batch_spec, metrics)
     process = tff_fedavg.build_fed_avg(model, dataset, epochs=3, batch_size=None, learning_rate=0.5)

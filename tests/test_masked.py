@@ -49,17 +49,27 @@ def test_masked_accuracy_counts_real_characters_in_keras_and_in_tff():
     guesses = [np.array([[1, 0, PADDING]]), np.array([[PADDING, 0, 0]]), np.array([[3, 4, PADDING]])]
     logits = [np.eye(258, dtype=np.float32)[guess] for guess in guesses]
 
-    metric = MaskedAccuracy.from_config(MaskedAccuracy(PADDING).get_config())
+    metric = MaskedAccuracy.from_config(MaskedAccuracy([PADDING]).get_config())
     assert metric.result() == 0
     for y_true, y_pred in zip(labels, logits):
         metric.update_state(y_true, y_pred)
     np.testing.assert_allclose(metric.result(), 3 / 5)
 
     initialize, update, finalize = tff.learning.metrics.create_functional_metric_fns(
-        collections.OrderedDict(accuracy=lambda: MaskedAccuracy(PADDING))
+        collections.OrderedDict(accuracy=lambda: MaskedAccuracy([PADDING]))
     )
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         state = initialize()
         for y_true, y_pred in zip(labels, logits):
             state = update(state, y_true, tff.learning.models.BatchOutput(predictions=y_pred))
         np.testing.assert_allclose(session.run(finalize(state)["accuracy"]), 3 / 5)
+
+
+def test_masked_accuracy_leaves_out_several_classes():
+    labels = np.array([[1, 0, 2, 5], [4, 3, 3, 0]])
+    guesses = np.array([[1, 0, 2, 6], [4, 3, 7, 0]])
+    logits = np.eye(8, dtype=np.float32)[guesses]
+    metric = MaskedAccuracy.from_config(MaskedAccuracy([0, 1, 3]).get_config())
+    metric.update_state(labels, logits)
+    # Of the labels 2, 5 and 4 the second is missed.
+    np.testing.assert_allclose(metric.result(), 2 / 3)

@@ -19,6 +19,12 @@ def test_outputs_are_ten_logits(build):
     assert outputs.min() < 0  # Neither ReLU nor softmax comes after the last layer.
 
 
+def test_word_lstm_has_the_papers_parameters_and_gives_logits_of_ten_thousand_words():
+    model = models.word_lstm()
+    assert sum(np.prod(w.shape) for w in model.trainable_weights) == 4_950_544
+    assert model(tf.constant([[2, 9_999, 4]])).shape == (1, 3, 10_000)
+
+
 # The count of the paper, and 52 more outputs with a weight for each of the last 200 or 512 units and a bias.
 @pytest.mark.parametrize(
     ("build", "count"), [(models.mnist_2nn, 199_210 + 52 * 201), (models.mnist_cnn, 1_663_370 + 52 * 513)]

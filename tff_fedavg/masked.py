@@ -7,6 +7,7 @@ takes 3.15 nats a character of the training text, and 41.9 of the 80 positions o
 3.15 * 41.9 / 80 = 1.65.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -36,18 +37,19 @@ class MaskedCrossentropy(tf.keras.losses.Loss):
 
 @tf.keras.saving.register_keras_serializable("tff_fedavg")
 class MaskedAccuracy(tf.keras.metrics.SparseCategoricalAccuracy):
-    """The share of labels whose logit is the largest, among the labels other than `ignore_class`.
+    """The share of labels whose logit is the largest, among the labels other than `ignore_classes`.
 
     Labels are integers `[batch, time]`, logits float32 `[batch, time, classes]`. 0 if there is no label to count.
     """
 
-    def __init__(self, ignore_class: int, name: str = "accuracy", dtype: tf.DType | None = None):
+    def __init__(self, ignore_classes: Sequence[int], name: str = "accuracy", dtype: tf.DType | None = None):
         super().__init__(name, dtype)
-        self.ignore_class = ignore_class
+        self.ignore_classes = list(ignore_classes)
 
     def update_state(self, y_true: tf.Tensor, y_pred: tf.Tensor, sample_weight: tf.Tensor | None = None):
-        weight = tf.cast(tf.not_equal(y_true, self.ignore_class), tf.float32)
+        counted = tf.reduce_all(tf.not_equal(y_true[..., tf.newaxis], self.ignore_classes), axis=-1)
+        weight = tf.cast(counted, tf.float32)
         return super().update_state(y_true, y_pred, weight if sample_weight is None else weight * sample_weight)
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "ignore_class": self.ignore_class}
+        return {**super().get_config(), "ignore_classes": list(self.ignore_classes)}
