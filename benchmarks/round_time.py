@@ -1,15 +1,18 @@
-"""Seconds and CPU seconds a round: this project beside TFF's own FedAvg, on the same data, batches and machine.
+"""Seconds, CPU seconds and memory of a round: this project beside TFF's own FedAvg, on the same data and machine.
 
-    python -m benchmarks.round_time --task=mnist_2nn
-    python -m benchmarks.round_time --task=shakespeare_lstm
+    python -m benchmarks.round_time --task=mnist_2nn --data=embedded
+    python -m benchmarks.round_time --task=shakespeare_lstm --data=embedded
 
 The systems take turns within one run, so a machine that is slow for a while is slow for all of them. The times are
-medians; the ratios are those to this project. For the LSTM, TFF gets the layer that Keras users would write, and this
-project's loop runs with Keras's LSTM layers too, which shows what `tff_fedavg.layers.PeepholeLSTM` alone brings.
+medians; the ratios are those to this project. For the LSTMs, TFF gets the layer that Keras users would write, and this
+project's loop runs with Keras's LSTM layers too, which shows what `tff_fedavg.layers.PeepholeLSTM` alone brings. The
+memory is the largest that a system's worker has had; variants of one system in one worker share it.
 """
 
 import collections
 import os
+import pathlib
+import re
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -22,11 +25,8 @@ from absl import app, flags
 
 import tasks
 import tff_fedavg
+from binaries import task_flags
 
-_TASK = flags.DEFINE_enum("task", "mnist_2nn", sorted(tasks.TASKS), "Data set and model.")
-_DATA = flags.DEFINE_string("data", None, "Data source of the task; by default the embedded one.")
-_DATA_DIR = flags.DEFINE_string("data_dir", "~/.cache/tff_fedavg/data", "Where the data are.")
-_CACHE_DIR = flags.DEFINE_string("cache_dir", "~/.cache/tff_fedavg/clients", "Where the client files are kept.")
 _CLIENTS_PER_ROUND = flags.DEFINE_integer("clients_per_round", 10, "Clients in a round.", lower_bound=1)
 _LOCAL_EPOCHS = flags.DEFINE_integer("local_epochs", 1, "E, epochs of local SGD in a round.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 10, "B, the local minibatch size.", lower_bound=1)
@@ -50,22 +50,28 @@ class PeepholeLSTMCell(tf.keras.layers.LSTMCell):
         return c, self.recurrent_activation(z[3] + p_o * c)
 
 
-def lstm_network(layer):
-    return lambda: tf.keras.Sequential(
+def lstm_network(symbols, dimensions, lstm_layers):
+    """Keras's own layers in the shape of `models.char_lstm` and `models.word_lstm`."""
+    return tf.keras.Sequential(
         [
             tf.keras.layers.InputLayer([None], dtype=tf.int32),
-            tf.keras.layers.Embedding(258, 8),
-            layer(),
-            layer(),
-            tf.keras.layers.Dense(258),
+            tf.keras.layers.Embedding(symbols, dimensions),
+            *lstm_layers,
+            tf.keras.layers.Dense(symbols),
         ]
     )
 
 
-keras_lstm_network = lstm_network(lambda: tf.keras.layers.LSTM(256, return_sequences=True))
-keras_peephole_network = lstm_network(
-    lambda: tf.keras.layers.RNN(PeepholeLSTMCell(256, implementation=2), return_sequences=True)
-)
+def keras_lstm():
+    return tf.keras.layers.LSTM(256, return_sequences=True)
+
+
+def keras_peephole_lstm():
+    return tf.keras.layers.RNN(PeepholeLSTMCell(256, implementation=2), return_sequences=True)
+
+
+# By task: symbols, dimensions of their embedding, and number of layers.
+LSTM_SHAPES = {"shakespeare_lstm": (258, 8, 2), "stackoverflow_lstm": (10_000, 192, 1)}
 
 
 def build_our_round(task, keras_model_fn):
@@ -112,9 +118,14 @@ def build_rounds(task):
     reduce, iterator = tff.learning.LoopImplementation.DATASET_REDUCE, tff.learning.LoopImplementation.DATASET_ITERATOR
     keras_model_fn = task.keras_model_fn
     rounds = {"tff_fedavg": build_our_round(task, keras_model_fn)}
-    if task.name == "shakespeare_lstm":
-        rounds["tff_fedavg, Keras LSTM"] = build_our_round(task, keras_lstm_network)
-        keras_model_fn = keras_peephole_network
+    if shape := LSTM_SHAPES.get(task.name):
+        symbols, dimensions, layers = shape
+
+        def build_network(layer):
+            return lambda: lstm_network(symbols, dimensions, [layer() for _ in range(layers)])
+
+        rounds["tff_fedavg, Keras LSTM"] = build_our_round(task, build_network(keras_lstm))
+        keras_model_fn = build_network(keras_peephole_lstm)
     rounds["build_weighted_fed_avg, default"] = build_tff_round(task, keras_model_fn, reduce)
     rounds["build_weighted_fed_avg, iterator"] = build_tff_round(task, keras_model_fn, iterator)
     return rounds
@@ -126,34 +137,38 @@ def cpu_seconds():
     return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
+def peak_megabytes(process):
+    """The largest resident memory that a process has had."""
+    status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1e3
+
+
 def main(argv):
     del argv
-    entry = tasks.TASKS[_TASK.value]
+    settings = task_flags.settings()
     with tff_fedavg.local_worker():
-        task = tasks.build_task(
-            _TASK.value,
-            data=_DATA.value or entry.embedded,
-            data_dir=os.path.expanduser(_DATA_DIR.value),
-            cache_dir=os.path.expanduser(_CACHE_DIR.value),
-            partition=entry.partitions[0],
-            clients=None,
-            seed=0,
-        )
+        workers = psutil.Process().children()
+        task = tasks.build_task(settings.pop("task"), **settings, **task_flags.directories())
         rounds = build_rounds(task)
-        seconds, cpu = collections.defaultdict(list), collections.defaultdict(list)
-        for repeat in range(_REPEATS.value + 1):
+        worker, seconds, cpu = {}, collections.defaultdict(list), collections.defaultdict(list)
+        for name, run_round in rounds.items():  # To warm up. TFF starts a worker when it runs its first round.
+            run_round()
+            worker[name] = next((child for child in psutil.Process().children() if child not in workers), workers[0])
+            workers.append(worker[name])
+        for _ in range(_REPEATS.value):
             for name, run_round in rounds.items():
                 start, cpu_start = time.monotonic(), cpu_seconds()
                 run_round()
-                if repeat > 0:
-                    seconds[name].append(time.monotonic() - start)
-                    cpu[name].append(cpu_seconds() - cpu_start)
+                seconds[name].append(time.monotonic() - start)
+                cpu[name].append(cpu_seconds() - cpu_start)
         for name in rounds:
             wall, cpu_time = np.median(seconds[name]), np.median(cpu[name])
             print(
                 f"{name:34} {wall:8.3f} s {wall / np.median(seconds['tff_fedavg']):6.2f}x   "
-                f"{cpu_time:8.3f} CPU s {cpu_time / np.median(cpu['tff_fedavg']):6.2f}x"
+                f"{cpu_time:8.3f} CPU s {cpu_time / np.median(cpu['tff_fedavg']):6.2f}x   "
+                f"worker {peak_megabytes(worker[name]):6.0f} MB"
             )
+        print(f"{'program':34} {'':49} {peak_megabytes(psutil.Process()):6.0f} MB")
         # TFF's own worker would outlive the program.
         for process in psutil.Process().children():
             process.kill()
