@@ -171,7 +171,7 @@ def test_a_step_descends_along_the_gradient_of_repeated_embeddings(worker, embed
 
 
 def test_a_step_computes_nothing_of_the_size_of_the_embeddings(embedding_model):
-    """Of all the operations only the one that subtracts the rows in place gives a tensor of that shape."""
+    """Of all the operations only the one that subtracts the rows gives a tensor of that shape."""
     shapes = []
 
     @tff.tensorflow.computation
