@@ -17,7 +17,7 @@ class TaskEntry:
       data: Its data sources; the first is the paper's, and the default.
       embedded: The one of them that comes with the packages; None if there is none.
       partitions: Its partitions; the first is the default.
-      learning_rate: A good eta to start from: one that the paper names for this model (Figures 1, 3 and 8).
+      learning_rate: A good eta to start from: one that the paper names for this model (Figures 1, 3, 4 and 8).
     """
 
     module: str
@@ -45,7 +45,20 @@ _SHAKESPEARE = TaskEntry(
     learning_rate=1.47,
 )
 
-TASKS = {"mnist_2nn": _MNIST_2NN, "mnist_cnn": _MNIST_CNN, "shakespeare_lstm": _SHAKESPEARE}
+_CIFAR = TaskEntry(
+    module="tasks.cifar10",
+    data=("cifar10",),
+    embedded=None,
+    partitions=("iid",),
+    learning_rate=0.15,
+)
+
+TASKS = {
+    "mnist_2nn": _MNIST_2NN,
+    "mnist_cnn": _MNIST_CNN,
+    "shakespeare_lstm": _SHAKESPEARE,
+    "cifar_cnn": _CIFAR,
+}
 
 
 def build_task(name: str, **settings: Any):
