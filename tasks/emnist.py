@@ -23,7 +23,7 @@ import tensorflow_federated as tff
 
 from tasks import tff_sqlite
 from tasks.files import sha256
-from tasks.task import Task
+from tasks.task import CLASSIFICATION, Task
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
 from tff_fedavg.partition import build_partition
@@ -117,11 +117,7 @@ def build_task(
             cache_dir, {"name": f"emnist-{data}-test", "checksums": checksums}, test_parts, _preprocess
         ),
         keras_model_fn=lambda: _KERAS_MODELS[name](_NUM_CLASSES[data]),
-        loss=tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics={
-            "loss": lambda: tf.keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="loss"),
-            "accuracy": lambda: tf.keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
-        },
+        **CLASSIFICATION,
         target_accuracy=_TARGETS[name, data],
         label_names=lambda: list(_CLASSES[: _NUM_CLASSES[data]]),
         checksums=checksums,

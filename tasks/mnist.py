@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from tasks.files import find_file, read_file, sha256
-from tasks.task import Task
+from tasks.task import CLASSIFICATION, Task
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
 from tff_fedavg.partition import build_partition, natural
@@ -116,11 +116,7 @@ def build_task(
             cache_dir, {"name": f"{data}-test", "checksums": checksums}, test_parts, _preprocess
         ),
         keras_model_fn=_KERAS_MODELS[name],
-        loss=tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics={
-            "loss": lambda: tf.keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="loss"),
-            "accuracy": lambda: tf.keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
-        },
+        **CLASSIFICATION,
         target_accuracy=_TARGETS[name, data],
         label_names=lambda: [str(digit) for digit in range(10)],
         checksums=checksums,

@@ -9,6 +9,15 @@ import tensorflow_federated as tff
 
 from tff_fedavg.client_data import ClientDataset
 
+# The loss and the metrics of a task whose examples have one label each, from logits.
+CLASSIFICATION = {
+    "loss": tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    "metrics": {
+        "loss": lambda: tf.keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="loss"),
+        "accuracy": lambda: tf.keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
+    },
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:

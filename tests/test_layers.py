@@ -1,4 +1,4 @@
-"""PeepholeLSTM against Keras's own cell, finite differences and NumPy; the character LSTM through Keras and TFF."""
+"""The layers against Keras's or TensorFlow's own, finite differences and NumPy; the LSTM through Keras and TFF."""
 
 import collections
 import warnings
@@ -13,7 +13,7 @@ from tensorflow.python.keras.layers.recurrent import PeepholeLSTMCell
 import tff_fedavg
 from tff_fedavg import models
 from tff_fedavg.client_data import write_client_dataset
-from tff_fedavg.layers import PeepholeLSTM
+from tff_fedavg.layers import LocalResponseNormalization, PeepholeLSTM
 from tff_fedavg.masked import MaskedAccuracy
 
 PADDING = 256
@@ -306,3 +306,18 @@ def test_fed_avg_round_equals_plain_sgd_with_the_keras_cell(worker, tmp_path):
     assert_close(*changes, tolerance=1e-4)
     np.testing.assert_allclose(evaluation["accuracy"], right / (4 + 9 + 2 + 12), rtol=1e-6)
     np.testing.assert_allclose(evaluation["loss"], nats / (4 + 9 + 2 + 12), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [[2, 3, 3, 64], [1, 2, 2, 5]])
+def test_local_response_normalization_is_that_of_tensorflow(shape):
+    x = tf.random.normal(shape, stddev=50)  # Large enough for it to matter.
+    output_gradient = tf.random.normal(shape)
+    outputs = []
+    for normalize in (LocalResponseNormalization(), lambda x: tf.nn.lrn(x, 4, 1.0, 0.001 / 9, 0.75)):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = normalize(x)
+        outputs.append((y, tape.gradient(y, x, output_gradient)))
+    for actual, expected in zip(*outputs):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(outputs[0][0] - x).max() > 1

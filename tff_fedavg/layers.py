@@ -1,4 +1,4 @@
-"""The LSTM with peephole connections of the paper's language models, with a gradient that is fast on a CPU."""
+"""The layers of the paper's models that Keras lacks, in forms that are fast on a CPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -117,3 +117,21 @@ def _lstm(
         )
 
     return h, gradient
+
+
+@tf.keras.saving.register_keras_serializable("tff_fedavg")
+class LocalResponseNormalization(tf.keras.layers.Layer):
+    """Local response normalization (Krizhevsky et al. 2012) with the numbers of TensorFlow's CIFAR-10 tutorial.
+
+        y_c = x_c / (1 + 0.001 / 9 * sum of x_d^2 over the channels d from c - 4 to c + 4)^(3/4)
+
+    Maps float32 `[..., channels]` to the same shape. It is `tf.nn.local_response_normalization(x, 4, 1, 0.001 / 9,
+    0.75)` in operations whose gradient is cheap: with that one a step of the CIFAR CNN takes 1.3 times as long.
+    """
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        channels = tf.range(inputs.shape[-1])
+        in_window = tf.abs(channels - channels[:, tf.newaxis]) <= 4
+        sums = tf.tensordot(inputs * inputs, tf.where(in_window, 0.001 / 9, 0.0), 1)
+        root = tf.math.rsqrt(1 + sums)
+        return inputs * root * tf.sqrt(root)  # Two roots are much cheaper than a power.
