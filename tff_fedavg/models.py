@@ -95,6 +95,8 @@ def cifar_cnn() -> tf.keras.Model:
             tf.keras.layers.Dense(384, activation="relu", kernel_initializer=weights(0.04), bias_initializer=bias),
             tf.keras.layers.Dense(192, activation="relu", kernel_initializer=weights(0.04), bias_initializer=bias),
             tf.keras.layers.Dense(10, kernel_initializer=weights(1 / 192)),
+        ]
+    )
 
 
 def word_lstm() -> tf.keras.Model:
