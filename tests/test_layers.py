@@ -51,8 +51,8 @@ def masked_loss():
 def randomize(weights):
     """Weights large enough for the gates to leave their linear range, biases and peepholes included.
 
-    The matrices give sums of a variance near 1: with larger ones a long sequence is chaotic, and depends on the rounding
-    of the processor at hand.
+    The matrices give sums of a variance near 1: with larger ones a long sequence is chaotic, and what comes out
+    depends on the rounding of the processor at hand.
     """
     for w in weights:
         w.assign(tf.random.normal(w.shape, stddev=0.5 if w.shape.rank == 1 else w.shape[0] ** -0.5))
