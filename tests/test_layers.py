@@ -13,7 +13,7 @@ from tensorflow.python.keras.layers.recurrent import PeepholeLSTMCell
 import tff_fedavg
 from tff_fedavg import models
 from tff_fedavg.client_data import write_client_dataset
-from tff_fedavg.layers import LocalResponseNormalization, PeepholeLSTM
+from tff_fedavg.layers import LocalResponseNormalization, MaxPooling, PeepholeLSTM
 from tff_fedavg.masked import MaskedAccuracy
 
 PADDING = 256
@@ -321,3 +321,25 @@ def test_local_response_normalization_is_that_of_tensorflow(shape):
     for actual, expected in zip(*outputs):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
     assert np.abs(outputs[0][0] - x).max() > 1
+
+
+@pytest.mark.parametrize("pool_size", [2, 3])
+@pytest.mark.parametrize("shape", [[3, 4, 10, 5], [1, 2, 2, 1], [0, 4, 4, 2]])
+def test_max_pooling_is_that_of_keras_also_where_values_are_equal(pool_size, shape):
+    x = tf.random.uniform(shape, 0, 4, tf.int32)  # So few values that most windows have their largest more than once.
+    for pooled in (tf.cast(x, tf.float32), -tf.cast(x, tf.float32), tf.random.normal(shape)):
+        output_gradient = tf.cast(
+            tf.random.uniform([shape[0], shape[1] // 2, shape[2] // 2, shape[3]], 1, 9, tf.int32), tf.float32
+        )
+        ours, keras = MaxPooling(pool_size), tf.keras.layers.MaxPooling2D(pool_size, strides=2, padding="same")
+        for actual, expected in zip(
+            *(outputs_and_gradients(layer, pooled, output_gradient) for layer in (ours, keras))
+        ):
+            np.testing.assert_array_equal(actual, expected)
+
+
+def test_max_pooling_of_other_sizes_is_refused():
+    with pytest.raises(ValueError, match="pool_size is 4"):
+        MaxPooling(4)
+    with pytest.raises(ValueError, match="is 4 x 5"):
+        MaxPooling(2)(tf.zeros([1, 4, 5, 1]))

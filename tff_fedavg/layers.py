@@ -120,6 +120,60 @@ def _lstm(
 
 
 @tf.keras.saving.register_keras_serializable("tff_fedavg")
+class MaxPooling(tf.keras.layers.Layer):
+    """Max pooling with stride 2 over windows of 2x2 or 3x3, as `tf.keras.layers.MaxPooling2D(..., padding="same")`.
+
+    Maps float32 `[batch, height, width, channels]`, height and width even, to `[batch, height / 2, width / 2,
+    channels]`. Of equal values the first in a window gets the gradient, as there. TensorFlow's own gradient of max
+    pooling looks for the largest values one by one: with it a step of the CIFAR CNN takes 1.1 times as long.
+    """
+
+    def __init__(self, pool_size: int, **kwargs):
+        super().__init__(**kwargs)
+        if pool_size not in (2, 3):
+            raise ValueError(f"pool_size is {pool_size}; it must be 2 or 3")
+        self.pool_size = pool_size
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        _, height, width, channels = inputs.shape
+        if height % 2 or width % 2:
+            raise ValueError(f"the input of MaxPooling is {height} x {width}; height and width must be even")
+        overlap = self.pool_size == 3
+        rows = _max_pool(tf.reshape(inputs, [-1, width, channels]), overlap)
+        columns = _max_pool(tf.reshape(rows, [-1, height, width // 2 * channels]), overlap)
+        return tf.reshape(columns, [-1, height // 2, width // 2, channels])
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "pool_size": self.pool_size}
+
+
+def _max_pool(x: tf.Tensor, overlap: bool) -> tf.Tensor:
+    """Maxima of the pairs on axis 1, with `overlap` and of the value after a pair: `[n, 2k, c]` to `[n, k, c]`."""
+    _, length, channels = x.shape
+
+    @tf.custom_gradient
+    def pool(x):
+        even, odd = tf.unstack(tf.reshape(x, [-1, length // 2, 2, channels]), axis=2)
+        of_pair = tf.maximum(even, odd)
+        if overlap:  # After the last pair comes nothing.
+            after = tf.concat([even[:, 1:], of_pair[:, -1:]], axis=1)
+
+        def gradient(dy):
+            if overlap:
+                d_after = tf.where(after > of_pair, dy, 0.0)
+                dy -= d_after
+            d_even = tf.where(even >= odd, dy, 0.0)
+            d_odd = dy - d_even
+            if overlap:
+                d_even += tf.pad(d_after[:, :-1], [[0, 0], [1, 0], [0, 0]])
+            return tf.reshape(tf.stack([d_even, d_odd], axis=2), [-1, length, channels])
+
+        return tf.maximum(of_pair, after) if overlap else of_pair, gradient
+
+    return pool(x)
+
+
+@tf.keras.saving.register_keras_serializable("tff_fedavg")
 class LocalResponseNormalization(tf.keras.layers.Layer):
     """Local response normalization (Krizhevsky et al. 2012) with the numbers of TensorFlow's CIFAR-10 tutorial.
 

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from tff_fedavg.layers import LocalResponseNormalization, PeepholeLSTM
+from tff_fedavg.layers import LocalResponseNormalization, MaxPooling, PeepholeLSTM
 
 
 def mnist_2nn(num_classes: int = 10) -> tf.keras.Model:
@@ -35,9 +35,9 @@ def mnist_cnn(num_classes: int = 10) -> tf.keras.Model:
             tf.keras.layers.InputLayer([28, 28]),
             tf.keras.layers.Reshape([28, 28, 1]),
             tf.keras.layers.Conv2D(32, 5, padding="same", activation="relu"),
-            tf.keras.layers.MaxPooling2D(),
+            MaxPooling(2),
             tf.keras.layers.Conv2D(64, 5, padding="same", activation="relu"),
-            tf.keras.layers.MaxPooling2D(),
+            MaxPooling(2),
             tf.keras.layers.Flatten(),
             tf.keras.layers.Dense(512, activation="relu"),
             tf.keras.layers.Dense(num_classes),
@@ -84,13 +84,13 @@ def cifar_cnn() -> tf.keras.Model:
         [
             tf.keras.layers.InputLayer([24, 24, 3]),
             tf.keras.layers.Conv2D(64, 5, padding="same", activation="relu", kernel_initializer=weights(0.05)),
-            tf.keras.layers.MaxPooling2D(3, strides=2, padding="same"),
+            MaxPooling(3),
             LocalResponseNormalization(),
             tf.keras.layers.Conv2D(
                 64, 5, padding="same", activation="relu", kernel_initializer=weights(0.05), bias_initializer=bias
             ),
             LocalResponseNormalization(),
-            tf.keras.layers.MaxPooling2D(3, strides=2, padding="same"),
+            MaxPooling(3),
             tf.keras.layers.Flatten(),
             tf.keras.layers.Dense(384, activation="relu", kernel_initializer=weights(0.04), bias_initializer=bias),
             tf.keras.layers.Dense(192, activation="relu", kernel_initializer=weights(0.04), bias_initializer=bias),
