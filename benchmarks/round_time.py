@@ -1,178 +1,288 @@
-"""Seconds, CPU seconds and memory of a round: this project beside TFF's own FedAvg, on the same data and machine.
+"""Seconds of a round, CPU seconds and memory: this project beside TFF's own FedAvg and beside loops without TFF.
 
-    python -m benchmarks.round_time --task=mnist_2nn --data=embedded
-    python -m benchmarks.round_time --task=shakespeare_lstm --data=embedded
+    python -m benchmarks.round_time --data_dir=DIR
+    python -m benchmarks.round_time --tasks=mnist_2nn,mnist_cnn --repeats=15
+    python -m benchmarks.round_time --quick
 
-The systems take turns within one run, so a machine that is slow for a while is slow for all of them. The times are
-medians; the ratios are those to this project. For the LSTMs, TFF gets the layer that Keras users would write, and this
-project's loop runs with Keras's LSTM layers too, which shows what `tff_fedavg.layers.PeepholeLSTM` alone brings. The
-memory is the largest that a system's worker has had; variants of one system in one worker share it.
+Every task is measured in a process of its own: the rounds of 10 clients (E = 1; B as in `_BATCH_SIZES`), in which the
+systems of `benchmarks.systems` take turns, so that a machine that is slow for a while is slow for all of them; the
+evaluation of the whole test set; and for `mnist_2nn` rounds of 1 to 1,000 clients and the start of a program. Times are
+medians after two rounds to warm up. The memory is the largest that the worker of a system, or the program, has had.
 """
 
 import collections
+import concurrent.futures
+import csv
+import dataclasses
+import functools
+import multiprocessing
 import os
 import pathlib
 import re
+import statistics
+import subprocess
+import sys
+import tempfile
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
-import numpy as np
-import psutil
-import tensorflow as tf
-import tensorflow_federated as tff
-from absl import app, flags
+from absl import flags, logging
 
 import tasks
-import tff_fedavg
-from binaries import task_flags
+from binaries import program
 
-_CLIENTS_PER_ROUND = flags.DEFINE_integer("clients_per_round", 10, "Clients in a round.", lower_bound=1)
-_LOCAL_EPOCHS = flags.DEFINE_integer("local_epochs", 1, "E, epochs of local SGD in a round.", lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 10, "B, the local minibatch size.", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed rounds of each system, after one to warm up.", lower_bound=1)
+_TASKS = flags.DEFINE_list(
+    "tasks", ["mnist_2nn", "mnist_cnn", "shakespeare_lstm", "stackoverflow_lstm", "cifar_cnn"], "The tasks to measure."
+)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed rounds of each system.", lower_bound=1)
+_QUICK = flags.DEFINE_bool("quick", False, "Embedded data, 2 clients, one round: only shows that all of it runs.")
+_DATA_DIR = flags.DEFINE_string("data_dir", "~/.cache/tff_fedavg/data", "As for binaries.train.")
+_CACHE_DIR = flags.DEFINE_string("cache_dir", "~/.cache/tff_fedavg/clients", "As for binaries.train.")
+_OUTPUT = flags.DEFINE_string("output", None, "A CSV file for the figures.")
 
-_LEARNING_RATE = 0.1
+_BATCH_SIZES = {"cifar_cnn": 50, "stackoverflow_lstm": 8}
+_DEFAULT_BATCH_SIZE = 10
+# The task whose rounds show what TFF itself costs, since its SGD takes the least time.
+_SMALLEST_TASK = "mnist_2nn"
+_SMALL_CLIENTS = 1000
 
-
-class PeepholeLSTMCell(tf.keras.layers.LSTMCell):
-    """Keras's LSTM cell with the peepholes that its former `PeepholeLSTMCell` had."""
-
-    def build(self, input_shape):
-        super().build(input_shape)
-        self.peepholes = [self.add_weight(name, (self.units,)) for name in ("input", "forget", "output")]
-
-    def _compute_carry_and_output_fused(self, z, c_tm1):
-        p_i, p_f, p_o = self.peepholes
-        i = self.recurrent_activation(z[0] + p_i * c_tm1)
-        f = self.recurrent_activation(z[1] + p_f * c_tm1)
-        c = f * c_tm1 + i * self.activation(z[2])
-        return c, self.recurrent_activation(z[3] + p_o * c)
+# What is measured, of which system, and median seconds, CPU seconds and megabytes; None where it was not measured.
+Row = collections.namedtuple("Row", "task measured system seconds cpu_seconds megabytes")
 
 
-def lstm_network(symbols, dimensions, lstm_layers):
-    """Keras's own layers in the shape of `models.char_lstm` and `models.word_lstm`."""
-    return tf.keras.Sequential(
-        [
-            tf.keras.layers.InputLayer([None], dtype=tf.int32),
-            tf.keras.layers.Embedding(symbols, dimensions),
-            *lstm_layers,
-            tf.keras.layers.Dense(symbols),
-        ]
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to measure a task; goes to the process that does it.
+
+    `numbers_of_clients` are those of the smallest task's rounds, `test_parts` are evaluated (None: all).
+    """
+
+    task: str
+    data: str
+    data_dir: str
+    cache_dir: str
+    clients: int
+    repeats: int
+    numbers_of_clients: tuple[int, ...]
+    test_parts: int | None
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Measures all about one task."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.set_verbosity(logging.WARNING)
+    import tff_fedavg
+
+    with tff_fedavg.local_worker():
+        task = _build_task(settings)
+        rows = _measure_rounds(task, settings)
+        rows += _measure_evaluation(task, settings)
+        if settings.task == _SMALLEST_TASK:
+            rows += _measure_numbers_of_clients(settings)
+    if settings.task == _SMALLEST_TASK:
+        rows.append(_measure_start(settings))
+    return rows
+
+
+def _build_task(settings, clients=None):
+    entry = tasks.TASKS[settings.task]
+    task = tasks.build_task(
+        settings.task,
+        data=settings.data,
+        data_dir=settings.data_dir,
+        cache_dir=settings.cache_dir,
+        partition=entry.partitions[0],
+        clients=clients,
+        seed=0,
     )
+    # Augmentation would cost every system the same: the training examples are preprocessed like those of the test.
+    train = type(task.train)(task.train.directory, task.test.preprocess_fn)
+    return dataclasses.replace(task, train=train)
 
 
-def keras_lstm():
-    return tf.keras.layers.LSTM(256, return_sequences=True)
+def _measure_rounds(task, settings):
+    import psutil
+    import tensorflow_federated as tff
 
+    from benchmarks import systems
 
-def keras_peephole_lstm():
-    return tf.keras.layers.RNN(PeepholeLSTMCell(256, implementation=2), return_sequences=True)
-
-
-# By task: symbols, dimensions of their embedding, and number of layers.
-LSTM_SHAPES = {"shakespeare_lstm": (258, 8, 2), "stackoverflow_lstm": (10_000, 192, 1)}
-
-
-def build_our_round(task, keras_model_fn):
-    model = tff.learning.models.functional_model_from_keras(keras_model_fn, task.loss, task.train.batch_spec)
-    process = tff_fedavg.build_fed_avg(
-        model,
-        task.train,
-        epochs=_LOCAL_EPOCHS.value,
-        batch_size=_BATCH_SIZE.value,
-        learning_rate=_LEARNING_RATE,
-    )
-    state = process.initialize()
-    return lambda: process.next(state, list(range(_CLIENTS_PER_ROUND.value)))
-
-
-def build_tff_round(task, keras_model_fn, loop_implementation):
-    """TFF's FedAvg as its users have it: examples in memory, batched by tf.data, in TFF's own runtime."""
-    datasets = [
-        tf.data.Dataset.from_tensor_slices(task.train.load(k))
-        .batch(_BATCH_SIZE.value)
-        .enumerate()
-        .map(lambda step, examples: task.train.preprocess_fn(examples, tf.stack([step, 0])))
-        .repeat(_LOCAL_EPOCHS.value)
-        for k in range(_CLIENTS_PER_ROUND.value)
-    ]
-    process = tff.learning.algorithms.build_weighted_fed_avg(
-        lambda: tff.learning.models.from_keras_model(keras_model_fn(), task.loss, input_spec=task.train.batch_spec),
-        client_optimizer_fn=tff.learning.optimizers.build_sgdm(_LEARNING_RATE),
-        loop_implementation=loop_implementation,
-    )
-    context = tff.backends.native.create_sync_local_cpp_execution_context()
-    with tff.framework.get_context_stack().install(context):
-        state = process.initialize()
-
-    def run_round():
-        with tff.framework.get_context_stack().install(context):
-            return process.next(state, datasets)
-
-    return run_round
-
-
-def build_rounds(task):
-    """Returns, by name of the system, a function that runs one round from the initial weights."""
+    arguments = {
+        "clients": settings.clients,
+        "batch_size": _BATCH_SIZES.get(settings.task, _DEFAULT_BATCH_SIZE),
+    }
     reduce, iterator = tff.learning.LoopImplementation.DATASET_REDUCE, tff.learning.LoopImplementation.DATASET_ITERATOR
-    keras_model_fn = task.keras_model_fn
-    rounds = {"tff_fedavg": build_our_round(task, keras_model_fn)}
-    if shape := LSTM_SHAPES.get(task.name):
-        symbols, dimensions, layers = shape
+    default = functools.partial(systems.tff_learning_round, loop_implementation=reduce)
+    fastest = functools.partial(systems.tff_learning_round, loop_implementation=iterator)
+    all_cores = functools.partial(systems.bare_loop_round, client_per_core=False)
+    client_per_core = functools.partial(systems.bare_loop_round, client_per_core=True)
+    builders = {
+        "tff_fedavg": (systems.tff_fedavg_round, task.keras_model_fn),
+        "build_weighted_fed_avg, default": (default, task.keras_model_fn),
+        "build_weighted_fed_avg, iterator": (fastest, task.keras_model_fn),
+        "no TFF, all cores for a client": (all_cores, task.keras_model_fn),
+        "no TFF, a core for a client": (client_per_core, task.keras_model_fn),
+    }
+    if keras_model_fn := systems.lstm_model_fn(settings.task, systems.keras_lstm):
+        builders["tff_fedavg, Keras LSTM"] = (systems.tff_fedavg_round, keras_model_fn)
+        keras_model_fn = systems.lstm_model_fn(settings.task, systems.keras_peephole_lstm)
+        builders["build_weighted_fed_avg, default, Keras peephole LSTM"] = (default, keras_model_fn)
 
-        def build_network(layer):
-            return lambda: lstm_network(symbols, dimensions, [layer() for _ in range(layers)])
+    rounds, worker_of = {}, {}
+    program_process = psutil.Process()
+    known = program_process.children()
+    for name, (build, keras_model_fn) in builders.items():
+        rounds[name] = build(task, keras_model_fn, **arguments)
+        # To warm up. TFF starts a worker of its own with the first round; some caches are warm after the second only.
+        rounds[name](), rounds[name]()
+        new = [child for child in program_process.children() if child not in known]
+        known += new
+        if not name.startswith("no TFF"):
+            worker_of[name] = new[0] if new else known[0]
+    seconds, cpu_seconds = collections.defaultdict(list), collections.defaultdict(list)
+    for _ in range(settings.repeats):
+        for name, run_round in rounds.items():
+            start, cpu_start = time.monotonic(), _cpu_seconds(known)
+            run_round()
+            seconds[name].append(time.monotonic() - start)
+            cpu_seconds[name].append(_cpu_seconds(known) - cpu_start)
+    rows = [
+        Row(
+            settings.task,
+            f"round of {settings.clients} clients",
+            name,
+            statistics.median(seconds[name]),
+            statistics.median(cpu_seconds[name]),
+            _peak_megabytes(worker_of[name]) if name in worker_of else None,
+        )
+        for name in rounds
+    ]
+    rows.append(Row(settings.task, "memory of the program", "", None, None, _peak_megabytes(program_process)))
+    for process in known[1:]:  # TFF's own workers would outlive the program.
+        process.kill()
+    return rows
 
-        rounds["tff_fedavg, Keras LSTM"] = build_our_round(task, build_network(keras_lstm))
-        keras_model_fn = build_network(keras_peephole_lstm)
-    rounds["build_weighted_fed_avg, default"] = build_tff_round(task, keras_model_fn, reduce)
-    rounds["build_weighted_fed_avg, iterator"] = build_tff_round(task, keras_model_fn, iterator)
-    return rounds
+
+def _measure_evaluation(task, settings):
+    import tff_fedavg
+
+    model = task.build_model(seed=0)
+    fed_eval = tff_fedavg.build_fed_eval(model, task.test)
+    process = tff_fedavg.build_fed_avg(model, task.train, epochs=1, batch_size=1, learning_rate=1.0)
+    weights = process.initialize().global_model_weights
+    parts = list(range(task.test.num_clients))[: settings.test_parts]
+    seconds = _median_seconds(lambda: fed_eval(weights, parts), settings.repeats)
+    return [
+        Row(settings.task, f"evaluation on {task.test.num_examples.sum()} examples", "tff_fedavg", seconds, None, None)
+    ]
 
 
-def cpu_seconds():
-    """CPU time of this program and of its workers."""
-    processes = [psutil.Process(), *psutil.Process().children()]
-    return sum(sum(process.cpu_times()[:2]) for process in processes)
+def _measure_numbers_of_clients(settings):
+    from benchmarks import systems
+
+    task = _build_task(settings, clients=_SMALL_CLIENTS)
+    rows = []
+    for clients in settings.numbers_of_clients:
+        run_round = systems.tff_fedavg_round(task, task.keras_model_fn, clients=clients, batch_size=_DEFAULT_BATCH_SIZE)
+        seconds = _median_seconds(run_round, settings.repeats)
+        examples = task.train.num_examples[0]
+        measured = f"round of {clients} clients of {examples} examples"
+        rows.append(Row(settings.task, measured, "tff_fedavg", seconds, None, None))
+    return rows
 
 
-def peak_megabytes(process):
+def _measure_start(settings):
+    """The whole program for one round: import of TensorFlow, client files from the cache, first round, evaluation."""
+    with tempfile.TemporaryDirectory() as run_dir:
+        command = [
+            *(sys.executable, "-m", "binaries.train", f"--task={settings.task}", f"--data={settings.data}"),
+            *(f"--data_dir={settings.data_dir}", f"--cache_dir={settings.cache_dir}"),
+            *("--rounds=1", f"--run_dir={run_dir}"),
+        ]
+        start = time.monotonic()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        seconds = time.monotonic() - start
+    return Row(settings.task, "start and first round of binaries.train", "tff_fedavg", seconds, None, None)
+
+
+def _median_seconds(function, repeats):
+    function(), function()  # To warm up.
+    seconds = []
+    for _ in range(repeats):
+        start = time.monotonic()
+        function()
+        seconds.append(time.monotonic() - start)
+    return statistics.median(seconds)
+
+
+def _cpu_seconds(children):
+    """CPU time of this program and its children."""
+    return time.process_time() + sum(sum(child.cpu_times()[:2]) for child in children)
+
+
+def _peak_megabytes(process):
     """The largest resident memory that a process has had."""
     status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1e3
 
 
-def main(argv):
-    del argv
-    settings = task_flags.settings()
-    with tff_fedavg.local_worker():
-        workers = psutil.Process().children()
-        task = tasks.build_task(settings.pop("task"), **settings, **task_flags.directories())
-        rounds = build_rounds(task)
-        worker, seconds, cpu = {}, collections.defaultdict(list), collections.defaultdict(list)
-        for name, run_round in rounds.items():  # To warm up. TFF starts a worker when it runs its first round.
-            run_round()
-            worker[name] = next((child for child in psutil.Process().children() if child not in workers), workers[0])
-            workers.append(worker[name])
-        for _ in range(_REPEATS.value):
-            for name, run_round in rounds.items():
-                start, cpu_start = time.monotonic(), cpu_seconds()
-                run_round()
-                seconds[name].append(time.monotonic() - start)
-                cpu[name].append(cpu_seconds() - cpu_start)
-        for name in rounds:
-            wall, cpu_time = np.median(seconds[name]), np.median(cpu[name])
-            print(
-                f"{name:34} {wall:8.3f} s {wall / np.median(seconds['tff_fedavg']):6.2f}x   "
-                f"{cpu_time:8.3f} CPU s {cpu_time / np.median(cpu['tff_fedavg']):6.2f}x   "
-                f"worker {peak_megabytes(worker[name]):6.0f} MB"
+def _print(rows: list[Row]) -> None:
+    ours = {}
+    for row in rows:
+        if row.system in ("tff_fedavg", ""):
+            ours = {row.measured: row}
+            print(f"\n{row.task}, {row.measured}")
+        own = ours.get(row.measured, row)
+        cells = [
+            "" if value is None else f"{value:9.3f} {unit} {value / reference:6.2f}x"
+            for value, reference, unit in (
+                (row.seconds, own.seconds, "s"),
+                (row.cpu_seconds, own.cpu_seconds, "CPU s"),
             )
-        print(f"{'program':34} {'':49} {peak_megabytes(psutil.Process()):6.0f} MB")
-        # TFF's own worker would outlive the program.
-        for process in psutil.Process().children():
-            process.kill()
+        ]
+        memory = "" if row.megabytes is None else f"{row.megabytes:7.0f} MB"
+        print(f"  {row.system:54} {cells[0]:20} {cells[1]:24} {memory}".rstrip(), flush=True)
+
+
+def _write(rows: list[Row], path: pathlib.Path) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Row._fields)
+        for row in rows:
+            writer.writerow([f"{value:.4g}" if isinstance(value, float) else value for value in row])
+    temporary.replace(path)
+
+
+def main() -> None:
+    all_settings = []
+    for name in _TASKS.value:
+        if name not in tasks.TASKS:
+            raise ValueError(f"--tasks has {name!r}; it takes {', '.join(sorted(tasks.TASKS))}")
+        entry = tasks.TASKS[name]
+        if _QUICK.value and entry.embedded is None:
+            print(f"{name} is left out: no package comes with data for it")
+            continue
+        all_settings.append(
+            Settings(
+                task=name,
+                data=entry.embedded if _QUICK.value else entry.data[0],
+                data_dir=os.path.expanduser(_DATA_DIR.value),
+                cache_dir=os.path.expanduser(_CACHE_DIR.value),
+                clients=2 if _QUICK.value else 10,
+                repeats=1 if _QUICK.value else _REPEATS.value,
+                numbers_of_clients=(1, 2) if _QUICK.value else (1, 10, 100, 1000),
+                test_parts=1 if _QUICK.value else None,
+            )
+        )
+    rows = []
+    for settings in all_settings:
+        # A process for each task, for memory and the warmth of caches not to depend on the tasks before it.
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            of_task = pool.submit(measure, settings).result()
+        _print(of_task)
+        rows += of_task
+        if _OUTPUT.value:
+            _write(rows, pathlib.Path(_OUTPUT.value))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run("round_time", main)
