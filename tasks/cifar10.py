@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from tasks.files import find_file, sha256
-from tasks.task import CLASSIFICATION, Task
+from tasks.task import CLASSIFICATION, Task, cut_into_parts
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
 from tff_fedavg.partition import iid
@@ -41,7 +41,6 @@ _FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
 _RECORDS_PER_FILE = 10_000
 _RECORD = np.dtype([("label", np.uint8), ("planes", np.uint8, [3, 32, 32])])
 _CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-_EXAMPLES_PER_TEST_PART = 1000
 _NUM_CLIENTS = 100
 
 # The first target of Table 3, and the only one in reach of a few hundred rounds; the others are 82 % and 85 %.
@@ -90,8 +89,7 @@ def build_task(
 
     def test_parts() -> Iterator[Mapping[str, np.ndarray]]:
         _, test = load_once()
-        starts = range(0, len(test), _EXAMPLES_PER_TEST_PART)
-        return (_examples(test[start : start + _EXAMPLES_PER_TEST_PART]) for start in starts)
+        return cut_into_parts(_examples(test))
 
     key = {"checksums": checksums, "partition": partition, "clients": clients, "seed": seed}
     return Task(

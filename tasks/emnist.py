@@ -23,7 +23,7 @@ import tensorflow_federated as tff
 
 from tasks import tff_sqlite
 from tasks.files import sha256
-from tasks.task import CLASSIFICATION, Task
+from tasks.task import CLASSIFICATION, Task, cut_into_parts
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
 from tff_fedavg.partition import build_partition
@@ -37,7 +37,6 @@ _FEATURES = {
     "pixels": tf.io.FixedLenFeature([28, 28], tf.float32),
     "label": tf.io.FixedLenFeature([], tf.int64),
 }
-_EXAMPLES_PER_TEST_PART = 1000
 _NUM_CLIENTS = 100
 
 _KERAS_MODELS = {"emnist_2nn": models.mnist_2nn, "emnist_cnn": models.mnist_cnn}
@@ -99,9 +98,7 @@ def build_task(
         return (_take(examples, indices) for indices in build_partition(partition, examples["label"], clients, seed))
 
     def test_parts() -> Iterable[Examples]:
-        examples = _join(read_writers("test"))
-        starts = range(0, len(examples["label"]), _EXAMPLES_PER_TEST_PART)
-        return (_take(examples, slice(start, start + _EXAMPLES_PER_TEST_PART)) for start in starts)
+        return cut_into_parts(_join(read_writers("test")))
 
     train_key = {"partition": partition, "clients": clients, "seed": None if partition == "writer" else seed}
     return Task(
@@ -138,7 +135,7 @@ def _join(writers: Iterable[Examples]) -> Examples:
     return {name: np.concatenate([writer[name] for writer in writers]) for name in writers[0]}
 
 
-def _take(examples: Examples, indices: np.ndarray | slice) -> Examples:
+def _take(examples: Examples, indices: np.ndarray) -> Examples:
     return {name: array[indices] for name, array in examples.items()}
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from tasks.files import find_file, read_file, sha256
-from tasks.task import CLASSIFICATION, Task
+from tasks.task import CLASSIFICATION, Task, cut_into_parts
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
 from tff_fedavg.partition import build_partition, natural
@@ -32,7 +32,6 @@ _IDX_FILES = (
 _KERAS_FILE = "mnist.npz"
 _WRITERS_FILE = "qmnist-train-labels-idx2-int"
 _WRITERS_COLUMN = 2
-_EXAMPLES_PER_TEST_PART = 1000
 _NUM_CLIENTS = 100
 
 _KERAS_MODELS = {"mnist_2nn": models.mnist_2nn, "mnist_cnn": models.mnist_cnn}
@@ -102,9 +101,7 @@ def build_task(
 
     def test_parts() -> Iterator[Mapping[str, np.ndarray]]:
         _, _, images, labels = load_once()
-        for start in range(0, len(labels), _EXAMPLES_PER_TEST_PART):
-            part = slice(start, start + _EXAMPLES_PER_TEST_PART)
-            yield {"image": images[part], "label": labels[part]}
+        return cut_into_parts({"image": images, "label": labels})
 
     key = {"checksums": checksums, "partition": partition, "clients": clients, "seed": seed}
     return Task(

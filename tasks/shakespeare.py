@@ -27,10 +27,9 @@ import tensorflow_federated as tff
 
 from tasks import plays, tff_sqlite
 from tasks.files import find_file, read_text, sha256
-from tasks.task import Task
+from tasks.task import Task, next_symbol
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
-from tff_fedavg.masked import MaskedAccuracy, MaskedCrossentropy
 from tff_fedavg.partition import iid
 
 PADDING = 256
@@ -119,14 +118,7 @@ def build_task(
         ),
         test=prepare_client_dataset(cache_dir, {"name": f"shakespeare-{data}-test", **key}, test_parts, _preprocess),
         keras_model_fn=models.char_lstm,
-        loss=MaskedCrossentropy(PADDING, _UNROLL),
-        metrics={
-            # In nats per character, unlike the training loss.
-            "loss": lambda: tf.keras.metrics.SparseCategoricalCrossentropy(
-                from_logits=True, ignore_class=PADDING, name="loss"
-            ),
-            "accuracy": lambda: MaskedAccuracy([PADDING]),
-        },
+        **next_symbol(padding=PADDING, unroll=_UNROLL),
         target_accuracy=_TARGET,
         label_names=lambda: [*map(chr, range(256)), "", "\N{START OF TEXT}"],
         checksums=checksums,

@@ -36,10 +36,9 @@ import tqdm
 
 from tasks import plays, tff_sqlite
 from tasks.files import find_file, sha256
-from tasks.task import Task
+from tasks.task import Task, cut_into_parts, next_symbol
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
-from tff_fedavg.masked import MaskedAccuracy, MaskedCrossentropy
 
 PADDING = 0
 OUT_OF_VOCABULARY = 1
@@ -51,7 +50,6 @@ _VOCABULARY_SIZE = 10_000
 _UNROLL = 10
 _WORDS_PER_CLIENT = 5_000
 _TEST_POSTS = 100_000
-_EXAMPLES_PER_TEST_PART = 1000
 # Part of the key of the cached client files: to be raised when the rules of reading or encoding change.
 _RULES_VERSION = 1
 
@@ -127,9 +125,7 @@ def build_task(
     def test_parts() -> Iterator[Mapping[str, np.ndarray]]:
         heldout = np.random.default_rng(0).permutation(load_once().heldout)  # The same test for all seeds.
         posts = itertools.chain.from_iterable(load_once().read("heldout", author) for author in heldout)
-        pieces = _encode(itertools.islice(posts, _TEST_POSTS), vocabulary())["words"]
-        for start in range(0, len(pieces), _EXAMPLES_PER_TEST_PART):
-            yield {"words": pieces[start : start + _EXAMPLES_PER_TEST_PART]}
+        return cut_into_parts(_encode(itertools.islice(posts, _TEST_POSTS), vocabulary()))
 
     # The vocabulary of the test depends on the training clients.
     key = {"checksums": checksums, "rules": _RULES_VERSION, "clients": clients, "seed": seed if clients else None}
@@ -140,14 +136,7 @@ def build_task(
         ),
         test=prepare_client_dataset(cache_dir, {"name": f"words-{data}-test", **key}, test_parts, _preprocess),
         keras_model_fn=models.word_lstm,
-        loss=MaskedCrossentropy(PADDING, _UNROLL),
-        metrics={
-            # In nats per label, unlike the training loss.
-            "loss": lambda: tf.keras.metrics.SparseCategoricalCrossentropy(
-                from_logits=True, ignore_class=PADDING, name="loss"
-            ),
-            "accuracy": lambda: MaskedAccuracy([PADDING, OUT_OF_VOCABULARY, END_OF_POST]),
-        },
+        **next_symbol(padding=PADDING, unroll=_UNROLL, not_counted=[OUT_OF_VOCABULARY, END_OF_POST]),
         target_accuracy=_TARGET,
         label_names=lambda: ["", "<unknown> ", "", "", *(f"{word} " for word in vocabulary())],
         checksums=checksums,

@@ -2,12 +2,17 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_fedavg.client_data import ClientDataset
+from tff_fedavg.masked import MaskedAccuracy, MaskedCrossentropy
+
+_EXAMPLES_PER_TEST_PART = 1000
 
 # The loss and the metrics of a task whose examples have one label each, from logits.
 CLASSIFICATION = {
@@ -17,6 +22,33 @@ CLASSIFICATION = {
         "accuracy": lambda: tf.keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
     },
 }
+
+
+def next_symbol(*, padding: int, unroll: int, not_counted: Sequence[int] = ()) -> dict[str, Any]:
+    """Returns the loss and the metrics of a task that predicts the next symbol of a text, from logits.
+
+    Args:
+      padding: The label that fills up a text; it counts nowhere.
+      unroll: The constant by which the loss of a text is divided.
+      not_counted: Other labels that do not count in the accuracy.
+    """
+    return {
+        "loss": MaskedCrossentropy(padding, unroll),
+        "metrics": {
+            # In nats per label, unlike the training loss.
+            "loss": lambda: tf.keras.metrics.SparseCategoricalCrossentropy(
+                from_logits=True, ignore_class=padding, name="loss"
+            ),
+            "accuracy": lambda: MaskedAccuracy([padding, *not_counted]),
+        },
+    }
+
+
+def cut_into_parts(examples: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """Cuts a test set (arrays `[n, ...]` by name) into parts of 1,000 examples, to be evaluated in parallel."""
+    num_examples = len(next(iter(examples.values())))
+    for start in range(0, num_examples, _EXAMPLES_PER_TEST_PART):
+        yield {name: array[start : start + _EXAMPLES_PER_TEST_PART] for name, array in examples.items()}
 
 
 @dataclasses.dataclass(frozen=True)
