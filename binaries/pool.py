@@ -1,0 +1,116 @@
+"""One long-lived process per core, each of which takes one job after another.
+
+A run per core is faster than one run on all cores, where those that have finished a round's clients wait for the rest;
+and TFF, which takes ten seconds to import, is imported once per process.
+"""
+
+import ctypes
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+from binaries.program import first_line
+
+_PR_SET_PDEATHSIG = 1  # From <linux/prctl.h>.
+
+# Does the work in a process of the pool. Is given a function that takes what there is to say of its progress, and
+# returns what came of it.
+Job = Callable[[Callable[[str], None]], str]
+
+
+class Pool:
+    """A context manager, at whose end every job that still runs gets SIGTERM and time to save its state."""
+
+    def __init__(self):
+        self._free_cores = sorted(os.sched_getaffinity(0))
+        self._idle = []  # Processes that wait for a job, each with its connection.
+        self._running = {}  # Name, process and last message, by connection.
+        self._processes = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a core has nothing to do."""
+        return bool(self._idle or self._free_cores)
+
+    @property
+    def running(self) -> dict[str, str]:
+        """The jobs that run, by name, with the last that they said."""
+        return {name: message for name, _, message in self._running.values()}
+
+    def submit(self, name: str, job: Job) -> None:
+        """Starts a job on an idle core. It is pickled: a function of a module, or a `functools.partial` of one."""
+        process, connection = self._idle.pop() if self._idle else self._start(self._free_cores.pop())
+        connection.send(job)
+        self._running[connection] = (name, process, "starting")
+
+    def wait(self, seconds: float) -> list[tuple[str, str]]:
+        """Waits until a job ends; returns those that have ended, with what came of them.
+
+        Args:
+          seconds: Waits so long at most.
+
+        Raises:
+          RuntimeError: If a job has failed, or its process died.
+        """
+        ended = []
+        until = time.monotonic() + seconds
+        while not ended and (ready := multiprocessing.connection.wait(self._running, until - time.monotonic())):
+            ended = [outcome for connection in ready if (outcome := self._receive(connection))]
+        return ended
+
+    def _start(self, core: int) -> tuple[multiprocessing.Process, multiprocessing.connection.Connection]:
+        context = multiprocessing.get_context("spawn")
+        connection, other_end = context.Pipe()
+        process = context.Process(target=_work, args=(other_end, core), daemon=True)
+        process.start()
+        other_end.close()  # So that the death of the process is the end of the file here.
+        self._processes.append(process)
+        return process, connection
+
+    def _receive(self, connection: multiprocessing.connection.Connection) -> tuple[str, str] | None:
+        """Takes a message of a job; returns its name and outcome if it has ended."""
+        name, process, _ = self._running[connection]
+        try:
+            kind, message = connection.recv()
+        except EOFError:
+            process.join()
+            raise RuntimeError(
+                f"{name}: its process died with exit status {process.exitcode}, maybe for lack of memory; the same "
+                "command goes on from the saved state"
+            ) from None
+        if kind == "says":
+            self._running[connection] = (name, process, message)
+            return None
+        del self._running[connection]
+        self._idle.append((process, connection))
+        if kind == "failed":
+            raise RuntimeError(f"{name}: {message}")
+        return name, message
+
+
+def _work(connection: multiprocessing.connection.Connection, core: int) -> None:
+    """Runs in a process of the pool."""
+    os.sched_setaffinity(0, {core})
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # However the program ends, this process does too.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program, which then ends this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    while True:
+        job = connection.recv()
+        try:
+            result = ("ended", job(lambda message: connection.send(("says", message))))
+        except (ValueError, OSError, RuntimeError) as e:
+            result = ("failed", first_line(e))
+        connection.send(result)
