@@ -106,7 +106,8 @@ def _work(connection: multiprocessing.connection.Connection, core: int) -> None:
     os.sched_setaffinity(0, {core})
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # However the program ends, this process does too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program, which then ends this process.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    signal.signal(signal.SIGTERM, _stop)
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # It warns when the next job's TFF worker is started.
     while True:
         job = connection.recv()
         try:
@@ -114,3 +115,8 @@ def _work(connection: multiprocessing.connection.Connection, core: int) -> None:
         except (ValueError, OSError, RuntimeError) as e:
             result = ("failed", first_line(e))
         connection.send(result)
+
+
+def _stop(*_) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # A second one must not disturb the saving of the state.
+    sys.exit()
