@@ -203,14 +203,23 @@ def read_outcome(directory: pathlib.Path) -> Mapping[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def table(number: int) -> list[Grid]:
-    """Returns the grids of a table, in the paper's order."""
-    return [_table_grid(cell) for cell in dict.fromkeys(r.cell for r in published.rows() if r.table == number)]
+def table(number: int, shrunk: bool = False) -> list[Grid]:
+    """Returns the grids of a table, in the paper's order; if `shrunk`, what shows in seconds whether they run."""
+    grids = [_table_grid(cell) for cell in dict.fromkeys(r.cell for r in published.rows() if r.table == number)]
+    return [_shrink(grid) for grid in grids] if shrunk else grids
 
 
 @functools.cache
-def figures() -> Mapping[int, Figure]:
-    """Returns the figures by number; of Figure 1 see `binaries.figure_1`."""
+def figures(shrunk: bool = False) -> Mapping[int, Figure]:
+    """Returns the figures by number, `shrunk` or not as the tables; of Figure 1 see `binaries.figure_1`."""
+    if shrunk:
+        return {
+            number: dataclasses.replace(
+                figure,
+                curves=tuple(dataclasses.replace(curve, grid=_shrink(curve.grid)) for curve in figure.curves),
+            )
+            for number, figure in figures().items()
+        }
     accuracy, train_loss = "evaluation/accuracy", "evaluation/train_loss"
     large_epochs = (1, 5, 25, 50, 100, 200)
     word_lstm = tuple(
@@ -340,13 +349,6 @@ def limit(grid: Grid, rounds: int) -> Grid:
     return dataclasses.replace(grid, rounds=min(grid.rounds, rounds))
 
 
-def shrink(grid: Grid) -> Grid:
-    """Returns the form of a grid that shows in seconds whether it runs: one rate, two rounds, embedded data."""
-    return dataclasses.replace(
-        grid, rates=grid.rates[:1], extends=False, rounds=2, eval_every=2, target=None, shrunk=True
-    )
-
-
 def _table_grid(cell: Cell) -> Grid:
     """Returns the grid of a cell of the tables; one that several tables have is run for all of them."""
     shown = [row for row in published.rows() if row.cell == cell]
@@ -362,6 +364,13 @@ def _table_grid(cell: Cell) -> Grid:
         return Grid(cell, rates, extends=False, decay=_CIFAR_DECAY[cell.algorithm], **limits)
     centre = _CENTRES[cell.task, cell.B]
     return Grid(cell, (centre, _neighbour(centre, -2), _neighbour(centre, 2)), extends=True, **limits)
+
+
+def _shrink(grid: Grid) -> Grid:
+    """Returns a grid of one rate, two rounds, and embedded data."""
+    return dataclasses.replace(
+        grid, rates=grid.rates[:1], extends=False, rounds=2, eval_every=2, target=None, shrunk=True
+    )
 
 
 def _neighbour(rate: float, sixths: int) -> float:

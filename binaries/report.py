@@ -29,6 +29,8 @@ far, interpolated between evaluations), at the best rate of a grid of resolution
 the first row of its column. Ratios that are off by more than 25 % are **bold**, and explained or said to be open; the
 paper's own repeats of the same cell differ by up to that, and once by a factor of 2 (Tables 1 and 2)."""
 
+_SHRUNK = "**These are trials of a few seconds on small data, not results.**"
+
 _TITLES = {
     1: "Table 1: the effect of the client fraction C (2NN: E = 1; CNN: E = 5)",
     2: "Table 2: more computation per client, C = 0.1",
@@ -52,16 +54,21 @@ _RUN_HEADER = (
 _CURVE_HEADER = ("panel", "curve", "η", "at", "here", "paper")
 
 
-def write(results_dir: pathlib.Path) -> pathlib.Path:
+def write(results_dir: pathlib.Path, shrunk: bool = False) -> pathlib.Path:
     """Writes RESULTS.md into the directory of the results, and the pictures into figures/; returns the former's path.
+
+    Args:
+      results_dir: The directory, with the runs in runs/.
+      shrunk: Whether the runs are the shrunk ones.
 
     Raises:
       OSError: If a file cannot be written.
     """
     (results_dir / "figures").mkdir(parents=True, exist_ok=True)
-    sections = [_INTRODUCTION, *(_table_section(number, results_dir) for number in _TITLES)]
+    sections = [_INTRODUCTION, *[_SHRUNK] * shrunk]
+    sections += [_table_section(number, plan.table(number, shrunk), results_dir) for number in _TITLES]
     sections.append(_figure_1_section(results_dir))
-    sections += [_figure_section(number, figure, results_dir) for number, figure in plan.figures().items()]
+    sections += [_figure_section(number, figure, results_dir) for number, figure in plan.figures(shrunk).items()]
     path = results_dir / "RESULTS.md"
     temporary = path.with_suffix(".tmp")
     temporary.write_text("\n\n".join(sections) + "\n")
@@ -100,8 +107,8 @@ class _Measured:
         return f"{self.rounds:.1f}"
 
 
-def _table_section(number: int, results_dir: pathlib.Path) -> str:
-    grids = {grid.cell: grid for grid in plan.table(number)}
+def _table_section(number: int, grids: Sequence[Grid], results_dir: pathlib.Path) -> str:
+    grids = {grid.cell: grid for grid in grids}
     measured = {row: _Measured(row, grids[row.cell], results_dir) for row in published.rows() if row.table == number}
     baselines = {}
     for row in measured:

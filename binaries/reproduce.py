@@ -57,7 +57,7 @@ def main() -> None:
     if _REPORT.value:
         from binaries import report
 
-        print(report.write(results_dir))
+        print(report.write(results_dir, shrunk=_QUICK.value))
         return
     panels, grids = _selection()
     if _LIST.value:
@@ -69,9 +69,9 @@ def main() -> None:
 def _selection() -> tuple[list[str], list[plan.Grid]]:
     """Returns the panels of Figure 1 and the grids that the flags ask for, in the order in which they are run."""
     everything = not _TABLE.value and not _FIGURE.value
-    numbers = [n for n in plan.figures() if everything or n in _FIGURE.value]
-    grids = [g for n in (1, 2, 3, 4) if everything or n in _TABLE.value for g in plan.table(n)]
-    grids = [*dict.fromkeys([*grids, *(curve.grid for n in numbers for curve in plan.figures()[n].curves)])]
+    figures = [f for n, f in plan.figures(_QUICK.value).items() if everything or n in _FIGURE.value]
+    grids = [g for n in (1, 2, 3, 4) if everything or n in _TABLE.value for g in plan.table(n, _QUICK.value)]
+    grids = [*dict.fromkeys([*grids, *(curve.grid for figure in figures for curve in figure.curves)])]
     panels = [panel for panel in figure_1.PANELS if everything or 1 in _FIGURE.value]
     for pattern in _ROWS.value:
         if not fnmatch.filter([*map(figure_1.name, panels), *(grid.cell.name for grid in grids)], pattern):
@@ -81,7 +81,10 @@ def _selection() -> tuple[list[str], list[plan.Grid]]:
     if _ROUNDS.value:
         grids = [plan.limit(grid, _ROUNDS.value) for grid in grids]
     if _QUICK.value:
-        grids = [*dict.fromkeys(plan.shrink(grid) for grid in grids if tasks.TASKS[grid.cell.task].embedded)]
+        left_out = {g.cell.task for g in grids if tasks.TASKS[g.cell.task].embedded is None}
+        grids = [grid for grid in grids if grid.cell.task not in left_out]
+        for task in sorted(left_out):
+            print(f"{task} is left out: no package comes with data for it", flush=True)
     return panels, grids
 
 
