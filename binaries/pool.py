@@ -75,7 +75,9 @@ class Pool:
         context = multiprocessing.get_context("spawn")
         connection, other_end = context.Pipe()
         process = context.Process(target=_work, args=(other_end, core), daemon=True)
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program, which ends the process.
         process.start()
+        signal.signal(signal.SIGINT, handler)
         other_end.close()  # So that the death of the process is the end of the file here.
         self._processes.append(process)
         return process, connection
@@ -105,7 +107,6 @@ def _work(connection: multiprocessing.connection.Connection, core: int) -> None:
     """Runs in a process of the pool."""
     os.sched_setaffinity(0, {core})
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # However the program ends, this process does too.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program, which then ends this process.
     signal.signal(signal.SIGTERM, _stop)
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # It warns when the next job's TFF worker is started.
     while True:

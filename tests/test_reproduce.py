@@ -245,7 +245,7 @@ def test_quick_form_runs_a_cell_of_each_kind_and_skips_what_is_recorded(tmp_path
         "--table=4",
         "--figure=1",
         "--figure=8",
-        "--rows=figure_1-shared,mnist_2nn-iid-C0.1-E1-*,mnist_cnn-iid-C0.1-E1-B10",
+        "--rows=figure_1-shared,mnist_2nn-iid-C0.1-E1-B10,mnist_cnn-iid-C0.1-E1-B10",
         f"--results_dir={tmp_path / 'results'}",
         f"--cache_dir={tmp_path / 'cache'}",
     ]
@@ -255,8 +255,6 @@ def test_quick_form_runs_a_cell_of_each_kind_and_skips_what_is_recorded(tmp_path
     ended = {line.split(":")[0] for line in result.stdout.splitlines() if not line.startswith(" ")}
     assert {
         "figure_1-shared",
-        "mnist_2nn-iid-C0.1-E1-Binf/eta0.464",
-        "mnist_2nn-iid-C0.1-E1-B50/eta0.215",
         "mnist_2nn-iid-C0.1-E1-B10/eta0.1",
         "mnist_cnn-iid-C0.1-E1-B10/eta0.215-train_loss",
     } <= ended
