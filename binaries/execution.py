@@ -67,7 +67,7 @@ class _Observer:
         self._say = say
 
     def start(self, round_number: int) -> None:
-        self._say(f"going on after round {round_number}")
+        self._say(f"going on after round {round_number}" if round_number else "evaluating the initial model")
 
     def update(self, progress) -> None:
         best = progress.best_accuracy or 0.0
