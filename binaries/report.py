@@ -109,7 +109,11 @@ class _Measured:
 
 def _table_section(number: int, grids: Sequence[Grid], results_dir: pathlib.Path) -> str:
     grids = {grid.cell: grid for grid in grids}
-    measured = {row: _Measured(row, grids[row.cell], results_dir) for row in published.rows() if row.table == number}
+    measured = {
+        row: _Measured(row, grids[row.cell], results_dir)
+        for row in published.rows()
+        if row.table == number and row.cell in grids
+    }
     baselines = {}
     for row in measured:
         baselines.setdefault(row.column, row)
@@ -217,7 +221,7 @@ def _figure_section(number: int, figure: Figure, results_dir: pathlib.Path) -> s
     measured = {curve: points for curve in figure.curves if len(points := _points(figure, curve, results_dir))}
     if not measured:
         return f"{title}\n\n{_NOT_RUN}"
-    panels = list(dict.fromkeys(curve.panel for curve in measured))
+    panels = list(dict.fromkeys(curve.panel for curve in figure.curves if curve in measured))
     picture, axes = _panels(panels)
     targets = {curve.panel: curve.grid.target for curve in measured}
     rows = []
@@ -239,7 +243,9 @@ def _figure_section(number: int, figure: Figure, results_dir: pathlib.Path) -> s
             axes[panel].axhline(targets[panel], color="gray", linewidth=0.8)
             # The runs stop at the target, of the paper's only the ends are known: a linear axis would show neither.
             axes[panel].set(xscale="log", ylim=_SHOWN_ACCURACIES[panel.split("-")[0]])
-        axes[panel].set(title=panel, xlabel=figure.x_label, ylabel=figure.metric.replace("_", " "))
+        axes[panel].set(
+            title=panel, xlabel=figure.x_label, ylabel="training loss" if "loss" in figure.metric else "test accuracy"
+        )
         if "loss" in figure.metric:
             axes[panel].set_yscale("log")
         axes[panel].legend(fontsize="x-small")
@@ -271,6 +277,7 @@ def _points(figure: Figure, curve: Curve, results_dir: pathlib.Path) -> np.ndarr
     points = np.array(sorted(points)).reshape(-1, 2)
     if figure.monotone:
         points[:, 1] = np.maximum.accumulate(points[:, 1])
+        points = points[np.diff(points[:, 0], append=np.inf) > 0]
     return points
 
 
