@@ -221,7 +221,8 @@ def _figure_section(number: int, figure: Figure, results_dir: pathlib.Path) -> s
     measured = {curve: points for curve in figure.curves if len(points := _points(figure, curve, results_dir))}
     if not measured:
         return f"{title}\n\n{_NOT_RUN}"
-    panels = list(dict.fromkeys(curve.panel for curve in figure.curves if curve in measured))
+    drawn = {curve.panel for curve in measured}
+    panels = [panel for panel in dict.fromkeys(curve.panel for curve in figure.curves) if panel in drawn]
     picture, axes = _panels(panels)
     targets = {curve.panel: curve.grid.target for curve in measured}
     rows = []
