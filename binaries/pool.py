@@ -1,10 +1,11 @@
 """One long-lived process per core, each of which takes one job after another.
 
 A run per core is faster than one run on all cores, where those that have finished a round's clients wait for the rest;
-and TFF, which takes ten seconds to import, is imported once per process.
+and TFF, which takes ten seconds to import, is not imported for each of them.
 """
 
 import ctypes
+import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -15,6 +16,8 @@ from collections.abc import Callable
 
 from binaries.program import first_line
 
+# TensorFlow and TFF keep some 30 MB of each run in memory: a process is replaced after so many of them.
+_JOBS_PER_PROCESS = 20
 _PR_SET_PDEATHSIG = 1  # From <linux/prctl.h>.
 
 # Does the work in a process of the pool. Is given a function that takes what there is to say of its progress, and
@@ -22,22 +25,32 @@ _PR_SET_PDEATHSIG = 1  # From <linux/prctl.h>.
 Job = Callable[[Callable[[str], None]], str]
 
 
+@dataclasses.dataclass
+class _Process:
+    process: multiprocessing.Process
+    connection: multiprocessing.connection.Connection
+    core: int
+    jobs: int = 0
+    name: str = ""
+    message: str = ""
+
+
 class Pool:
     """A context manager, at whose end every job that still runs gets SIGTERM and time to save its state."""
 
     def __init__(self):
         self._free_cores = sorted(os.sched_getaffinity(0))
-        self._idle = []  # Processes that wait for a job, each with its connection.
-        self._running = {}  # Name, process and last message, by connection.
-        self._processes = []
+        self._idle = []
+        self._running = {}  # By connection.
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc_info):
-        for process in self._processes:
+        processes = [worker.process for worker in (*self._idle, *self._running.values())]
+        for process in processes:
             process.terminate()
-        for process in self._processes:
+        for process in processes:
             process.join()
 
     @property
@@ -48,13 +61,14 @@ class Pool:
     @property
     def running(self) -> dict[str, str]:
         """The jobs that run, by name, with the last that they said."""
-        return {name: message for name, _, message in self._running.values()}
+        return {worker.name: worker.message for worker in self._running.values()}
 
     def submit(self, name: str, job: Job) -> None:
         """Starts a job on an idle core. It is pickled: a function of a module, or a `functools.partial` of one."""
-        process, connection = self._idle.pop() if self._idle else self._start(self._free_cores.pop())
-        connection.send(job)
-        self._running[connection] = (name, process, "starting")
+        worker = self._idle.pop() if self._idle else _start(self._free_cores.pop())
+        worker.jobs, worker.name, worker.message = worker.jobs + 1, name, "starting"
+        self._running[worker.connection] = worker
+        worker.connection.send(job)
 
     def wait(self, seconds: float) -> list[tuple[str, str]]:
         """Waits until a job ends; returns those that have ended, with what came of them.
@@ -71,36 +85,41 @@ class Pool:
             ended = [outcome for connection in ready if (outcome := self._receive(connection))]
         return ended
 
-    def _start(self, core: int) -> tuple[multiprocessing.Process, multiprocessing.connection.Connection]:
-        context = multiprocessing.get_context("spawn")
-        connection, other_end = context.Pipe()
-        process = context.Process(target=_work, args=(other_end, core), daemon=True)
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program, which ends the process.
-        process.start()
-        signal.signal(signal.SIGINT, handler)
-        other_end.close()  # So that the death of the process is the end of the file here.
-        self._processes.append(process)
-        return process, connection
-
     def _receive(self, connection: multiprocessing.connection.Connection) -> tuple[str, str] | None:
         """Takes a message of a job; returns its name and outcome if it has ended."""
-        name, process, _ = self._running[connection]
+        worker = self._running[connection]
         try:
             kind, message = connection.recv()
         except EOFError:
-            process.join()
+            worker.process.join()
             raise RuntimeError(
-                f"{name}: its process died with exit status {process.exitcode}, maybe for lack of memory; the same "
-                "command goes on from the saved state"
+                f"{worker.name}: its process died with exit status {worker.process.exitcode}, maybe for lack of "
+                "memory; the same command goes on from the saved state"
             ) from None
         if kind == "says":
-            self._running[connection] = (name, process, message)
+            worker.message = message
             return None
         del self._running[connection]
-        self._idle.append((process, connection))
+        if worker.jobs < _JOBS_PER_PROCESS:
+            self._idle.append(worker)
+        else:
+            worker.process.terminate()
+            worker.process.join()
+            self._free_cores.append(worker.core)
         if kind == "failed":
-            raise RuntimeError(f"{name}: {message}")
-        return name, message
+            raise RuntimeError(f"{worker.name}: {message}")
+        return worker.name, message
+
+
+def _start(core: int) -> _Process:
+    context = multiprocessing.get_context("spawn")
+    connection, other_end = context.Pipe()
+    process = context.Process(target=_work, args=(other_end, core), daemon=True)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program, which ends the process.
+    process.start()
+    signal.signal(signal.SIGINT, handler)
+    other_end.close()  # So that the death of the process is the end of the file here.
+    return _Process(process, connection, core)
 
 
 def _work(connection: multiprocessing.connection.Connection, core: int) -> None:

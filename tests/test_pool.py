@@ -42,6 +42,16 @@ def test_processes_are_kept_from_job_to_job_and_have_a_core_each():
     assert outcomes[0][1].endswith(" on 1 core")
 
 
+def test_process_is_replaced_before_what_its_jobs_leave_in_memory_adds_up(monkeypatch):
+    monkeypatch.setattr(pool, "_JOBS_PER_PROCESS", 2)
+    outcomes = []
+    with pool.Pool() as processes:
+        for i in range(3):
+            processes.submit(f"job {i}", pid)
+            outcomes += [outcome for _, outcome in processes.wait(60)]
+    assert outcomes[0] == outcomes[1] != outcomes[2]
+
+
 def test_end_of_the_pool_lets_the_jobs_save_and_leaves_no_process(tmp_path):
     with pool.Pool() as processes:
         processes.submit("job", functools.partial(sleep_and_save, tmp_path / "saved"))
