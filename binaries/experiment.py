@@ -1,14 +1,15 @@
 """One experiment of the paper: a task trained with an algorithm, with its files, progress and outcome."""
 
+import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import tensorflow as tf
 import tensorflow_federated as tff
 
 import tasks
 import tff_fedavg
-from binaries.progress import ProgressPrinter
 from tasks.task import Task
 from tff_fedavg import learning_curve, training
 from tff_fedavg.run_directory import RunDirectory
@@ -20,14 +21,31 @@ _MAY_DIFFER = ("rounds", "target_accuracy")
 _UPDATES_PER_CALL = 20
 
 
-def run(settings: Mapping[str, Any], *, data_dir: str, cache_dir: str, run_dir: str) -> None:
-    """Trains as `settings` say, prints the progress and the outcome.
+class Observer(Protocol):
+    """Is told how the training goes. What it raises ends the run, after the state has been saved."""
+
+    def start(self, round_number: int) -> None:
+        """The training goes on after this round; 0 is a new run."""
+
+    def update(self, progress: training.Progress) -> None:
+        """A round has been run."""
+
+    def report_damaged(self, path: pathlib.Path, error: Exception) -> None:
+        """A saved state cannot be read, and is left aside for the one before it."""
+
+
+def run(settings: Mapping[str, Any], *, data_dir: str, cache_dir: str, run_dir: str, observer: Observer) -> str:
+    """Trains as `settings` say.
 
     Args:
       settings: The flags of `binaries.train`, by name, except for the three directories.
       data_dir: As that flag.
       cache_dir: As that flag.
       run_dir: As that flag. When it holds a run with the same settings, that one goes on.
+      observer: Is told of the start and of every round.
+
+    Returns:
+      What came of it, in a line.
 
     Raises:
       ValueError: If the settings or the data are bad. Nothing has been computed then.
@@ -48,22 +66,21 @@ def run(settings: Mapping[str, Any], *, data_dir: str, cache_dir: str, run_dir: 
         target = task.target_accuracy if settings["target_accuracy"] is None else settings["target_accuracy"]
         directory.start(task.checksums)
         model = task.build_model(settings["seed"])
-        fed_eval = tff_fedavg.build_fed_eval(model, task.test)
+        evaluate = _build_evaluate(settings, task, model)
         process, training_selection_fn = _build_process(settings, task, model)
         try:
-            with ProgressPrinter(run_dir, settings["rounds"]) as printer:
-                training.train(
-                    process,
-                    directory,
-                    training_selection_fn=training_selection_fn,
-                    evaluate=lambda weights: fed_eval(weights, list(range(task.test.num_clients))),
-                    total_rounds=settings["rounds"],
-                    rounds_per_evaluation=settings["eval_every"],
-                    target_accuracy=target,
-                    on_start=printer.start,
-                    on_round=printer.update,
-                    on_damaged=printer.report_damaged,
-                )
+            training.train(
+                process,
+                directory,
+                training_selection_fn=training_selection_fn,
+                evaluate=evaluate,
+                total_rounds=settings["rounds"],
+                rounds_per_evaluation=settings["eval_every"],
+                target_accuracy=target,
+                on_start=observer.start,
+                on_round=observer.update,
+                on_damaged=observer.report_damaged,
+            )
         except training.DivergedError as e:
             rate = settings["learning_rate"]
             raise training.DivergedError(f"{e} at learning_rate={rate:g}; {run_dir} keeps the state before it") from e
@@ -71,7 +88,23 @@ def run(settings: Mapping[str, Any], *, data_dir: str, cache_dir: str, run_dir: 
             title = f"{task.name}, {settings['partition']}, {settings['algorithm']}"
             curve = learning_curve.evaluations(learning_curve.read_metrics(directory.metrics_csv))
             learning_curve.plot(directory.learning_curve_png, *curve, target=target, title=title)
-    print(_outcome(directory, target, settings, task, model))
+    return _outcome(directory, target, settings, task, model)
+
+
+def _build_evaluate(
+    settings: Mapping[str, Any], task: Task, model: tff.learning.models.FunctionalModel
+) -> Callable[[tff.learning.models.ModelWeights], Mapping[str, float]]:
+    """Returns the evaluation on the test set; with `eval_train` also f(w) (Equation 1), as "train_loss"."""
+    fed_eval = tff_fedavg.build_fed_eval(model, task.test)
+    test_parts = list(range(task.test.num_clients))
+    if not settings["eval_train"]:
+        return lambda weights: fed_eval(weights, test_parts)
+    # The loss that is trained on, and not the metric of this name, which is per symbol for texts.
+    objective = {"loss": lambda: tf.keras.metrics.MeanMetricWrapper(task.loss.call, name="loss")}
+    train_model = dataclasses.replace(task, metrics=objective).build_model(settings["seed"])
+    train_eval = tff_fedavg.build_fed_eval(train_model, task.train)
+    clients = sorted(range(task.train.num_clients), key=lambda k: -task.train.num_examples[k])
+    return lambda weights: {**fed_eval(weights, test_parts), "train_loss": train_eval(weights, clients)["loss"]}
 
 
 def _build_process(

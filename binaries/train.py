@@ -51,6 +51,9 @@ _ROUNDS = flags.DEFINE_integer(
 _EVAL_EVERY = flags.DEFINE_integer(
     "eval_every", None, "Rounds between evaluations on the test set; by default 1, for sgd 100.", lower_bound=1
 )
+_EVAL_TRAIN = flags.DEFINE_boolean(
+    "eval_train", False, "Evaluates the loss on the training data of all clients too (Figures 3, 6 and 8)."
+)
 _TARGET_ACCURACY = flags.DEFINE_float(
     "target_accuracy",
     None,
@@ -85,9 +88,13 @@ def main() -> None:
     run_dir = os.path.expanduser(_RUN_DIR.value or f"runs/{settings['task']}")
     print(_description(settings, run_dir), flush=True)
     try:
-        from binaries import experiment  # Last, since it imports TensorFlow.
+        # Last, since they import TensorFlow.
+        from binaries import experiment
+        from binaries.progress import ProgressPrinter
 
-        experiment.run(settings, **task_flags.directories(), run_dir=run_dir)
+        with ProgressPrinter(run_dir, settings["rounds"]) as printer:
+            outcome = experiment.run(settings, **task_flags.directories(), run_dir=run_dir, observer=printer)
+        print(outcome)
     except KeyboardInterrupt as e:
         raise KeyboardInterrupt(f"interrupted; the same command goes on where {run_dir} stopped") from e
 
@@ -117,6 +124,7 @@ def _settings() -> dict[str, Any]:
         "decay_every": _LEARNING_RATE_DECAY.value and (_DECAY_EVERY.value or 1),
         "algorithm": _ALGORITHM.value,
         "target_accuracy": _TARGET_ACCURACY.value,
+        "eval_train": _EVAL_TRAIN.value or None,  # As in the runs that are older than this flag.
     }
 
 

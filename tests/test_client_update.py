@@ -187,6 +187,20 @@ def test_a_step_computes_nothing_of_the_size_of_the_embeddings(embedding_model):
     assert [type for type in shapes if type != "Identity"] == ["TensorScatterSub"]
 
 
+def test_client_gradient_has_the_shapes_of_the_weights_that_are_embeddings_too(embedding_model):
+    """Else a round of FedSGD with a model of texts is refused by TFF."""
+    weights = embedding_model.initial_weights[0]
+
+    @tff.tensorflow.computation(np.int32)
+    def gradient(num_examples):
+        x, y = tf.constant([[1, 7, 1], [7, 7, 3]]), tf.constant([0, 2])
+        batch_fn = lambda indices, seed: (tf.gather(x, indices), tf.gather(y, indices))  # noqa: E731
+        arguments = [tf.constant(w) for w in weights], num_examples, batch_fn
+        return tuple(client_gradient(embedding_model, *arguments, seed=tf.constant(SEED))[0])
+
+    assert [list(t.shape) for t in gradient.type_signature.result] == [list(w.shape) for w in weights]
+
+
 def test_minibatch_seeds_differ_between_runs_rounds_and_clients():
     keys = [(s, t, k) for s in range(3) for t in range(3) for k in range(3)]
     seeds = {tuple(minibatch_seed(s, tf.constant(t), tf.constant(k)).numpy()) for s, t, k in keys}

@@ -101,7 +101,9 @@ def client_gradient(
 
     def full_batch():
         loss, gradient = _loss_and_gradient(model, weights, batch_fn(tf.range(num_examples), seed))
-        return loss * tf.cast(num_examples, tf.float32), [tf.convert_to_tensor(g) for g in gradient]
+        # The shape of an embedding's gradient is not known statically, and TFF asks for it.
+        dense = [tf.ensure_shape(tf.convert_to_tensor(g), w.shape) for g, w in zip(gradient, weights)]
+        return loss * tf.cast(num_examples, tf.float32), dense
 
     loss_sum, gradient = tf.cond(num_examples > 0, full_batch, zero)
     return gradient, loss_sum

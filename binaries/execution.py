@@ -1,0 +1,101 @@
+"""One run of the plan, in a process of the pool: trains, gives a rate up that cannot win, and leaves outcome.json."""
+
+import datetime
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+
+from binaries.plan import SLOWER, Run, read_outcome
+from binaries.program import first_line
+from tff_fedavg import learning_curve
+
+
+class _GivenUpError(Exception):
+    """Another rate of the grid is better."""
+
+
+def execute(run: Run, results_dir: pathlib.Path, data_dir: str, cache_dir: str, say: Callable[[str], None]) -> str:
+    """Runs what is missing of a run.
+
+    Args:
+      run: The run.
+      results_dir: Where the results are.
+      data_dir: As the flag of `binaries.train`.
+      cache_dir: As that flag.
+      say: Takes a line of progress.
+
+    Returns:
+      What came of it, in a line.
+
+    Raises:
+      ValueError: If the data are bad, or the run directory holds another run.
+      OSError: If a file cannot be written.
+    """
+    from binaries import experiment  # Imports TensorFlow.
+    from tff_fedavg import training
+
+    directory = run.directory(results_dir)
+    observer = _Observer(run, directory, say)
+    ended = None
+    try:
+        experiment.run(
+            run.settings(), data_dir=data_dir, cache_dir=cache_dir, run_dir=str(directory), observer=observer
+        )
+    except training.DivergedError:
+        ended = "diverged"
+    except _GivenUpError:
+        ended = "slower"
+    outcome = _outcome(run, directory, ended)
+    temporary = directory / "outcome.tmp"
+    temporary.write_text(json.dumps(outcome, indent=2) + "\n")
+    temporary.replace(directory / "outcome.json")
+    reached = outcome["rounds_to_target"]
+    return (
+        f"{outcome['rounds']} rounds, best accuracy {outcome['best_accuracy']:.4f}"
+        + (f", {run.grid.target:g} reached in {reached:.1f}" if reached is not None else "")
+        + f", {outcome['training_seconds']:.0f} s of training, ended: {outcome['ended']}"
+    )
+
+
+class _Observer:
+    """Says how the run goes, and ends it when another rate of the grid has won."""
+
+    def __init__(self, run: Run, directory: pathlib.Path, say: Callable[[str], None]):
+        self._run = run
+        self._directory = directory
+        self._say = say
+
+    def start(self, round_number: int) -> None:
+        self._say(f"going on after round {round_number}" if round_number else "evaluating the initial model")
+
+    def update(self, progress) -> None:
+        best = progress.best_accuracy or 0.0
+        self._say(f"round {progress.round_number}/{self._run.grid.rounds}, best accuracy {best:.4f}")
+        if self._run.grid.extends and learning_curve.ACCURACY_FIELD in progress.metrics:
+            if best < self._run.grid.target and progress.round_number >= SLOWER * self._fewest_rounds():
+                raise _GivenUpError
+
+    def report_damaged(self, path: pathlib.Path, error: Exception) -> None:
+        print(f"{path} is damaged ({first_line(error)}): going on from the state before it", file=sys.stderr)
+
+    def _fewest_rounds(self) -> float:
+        """Returns the rounds to the target of the best other rate so far; infinity if there is none."""
+        others = (read_outcome(path) for path in self._directory.parent.glob("eta*") if path != self._directory)
+        return min((o["rounds_to_target"] for o in others if o and o["rounds_to_target"]), default=float("inf"))
+
+
+def _outcome(run: Run, directory: pathlib.Path, ended: str | None) -> dict:
+    metrics = learning_curve.read_metrics(directory / "metrics.csv")
+    rounds, accuracies = learning_curve.evaluations(metrics)
+    reached = None
+    if run.grid.target is not None:
+        reached = learning_curve.rounds_to_target(rounds, accuracies, run.grid.target)
+    return {
+        "ended": ended or ("cap" if reached is None else "target"),
+        "rounds": int(metrics[-1][learning_curve.ROUND_FIELD]),
+        "rounds_to_target": reached,
+        "best_accuracy": max(accuracies),
+        "training_seconds": round(sum(row.get("training_time_in_seconds", 0.0) for row in metrics), 1),
+        "date": datetime.date.today().isoformat(),
+    }

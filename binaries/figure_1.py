@@ -1,0 +1,92 @@
+"""Figure 1: the loss of mixtures of two models that were trained on different clients (Section 2).
+
+Both parents are a round of Federated Averaging with one client of the IID partition each: E = 20, B = 50, eta = 0.1,
+240 updates. The mixture theta w + (1 - theta) w' is evaluated on the whole training set.
+"""
+
+import csv
+import pathlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+# The seeds of w_0 for the two parents, by panel.
+PANELS = {"independent": (0, 1), "shared": (0, 0)}
+THETAS = np.linspace(-0.2, 1.2, 50)
+
+_FIELDS = ("theta", "loss")
+
+
+def name(panel: str) -> str:
+    """Returns the name of a panel's run, as a directory below results/runs/."""
+    return f"figure_1-{panel}"
+
+
+def read(results_dir: pathlib.Path, panel: str) -> list[tuple[float, float]]:
+    """Returns theta and the loss of the mixture, for each theta; nothing if it has not been run."""
+    path = _path(results_dir, panel)
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [(float(row["theta"]), float(row["loss"])) for row in csv.DictReader(file)]
+
+
+def mix(w: Sequence[np.ndarray], v: Sequence[np.ndarray], theta: float) -> list[np.ndarray]:
+    """Returns theta w + (1 - theta) v, of weights of any shapes."""
+    return [theta * a + (1 - theta) * b for a, b in zip(w, v, strict=True)]
+
+
+def execute(
+    panel: str, data: str, results_dir: pathlib.Path, data_dir: str, cache_dir: str, say: Callable[[str], None]
+) -> str:
+    """Trains the parents of a panel, and writes the losses of their mixtures to losses.csv.
+
+    Args:
+      panel: One of `PANELS`.
+      data: Data source of the task mnist_2nn.
+      results_dir: Where the results are.
+      data_dir: As the flag of `binaries.train`.
+      cache_dir: As that flag.
+      say: Takes a line of progress.
+
+    Returns:
+      What came of it, in a line.
+
+    Raises:
+      ValueError: If the data are bad.
+      OSError: If the file cannot be written.
+    """
+    import tensorflow_federated as tff
+
+    import tasks
+    import tff_fedavg
+
+    with tff_fedavg.local_worker():
+        task = tasks.build_task(
+            "mnist_2nn", data=data, data_dir=data_dir, cache_dir=cache_dir, partition="iid", clients=None, seed=0
+        )
+        parents = []
+        for client, seed in enumerate(PANELS[panel]):
+            model = task.build_model(seed)
+            process = tff_fedavg.build_fed_avg(model, task.train, epochs=20, batch_size=50, learning_rate=0.1)
+            state = process.next(process.initialize(), [client]).state
+            parents.append(state.global_model_weights.trainable)
+        fed_eval = tff_fedavg.build_fed_eval(model, task.train)
+        clients = list(range(task.train.num_clients))
+        losses = []
+        for theta in THETAS:
+            weights = tff.learning.models.ModelWeights(tuple(mix(*parents, theta)), ())
+            losses.append(float(fed_eval(weights, clients)["loss"]))
+            say(f"theta {theta:.2f}, loss {losses[-1]:.4f}")
+    path = _path(results_dir, panel)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", newline="") as file:
+        csv.writer(file).writerows([_FIELDS, *zip(THETAS.round(6).tolist(), losses)])
+    temporary.replace(path)
+    best = int(np.argmin(losses))
+    return f"lowest loss {losses[best]:.4f} at theta {THETAS[best]:.2f}, highest {max(losses):.4f}"
+
+
+def _path(results_dir: pathlib.Path, panel: str) -> pathlib.Path:
+    return results_dir / "runs" / name(panel) / "losses.csv"

@@ -1,0 +1,142 @@
+"""One long-lived process per core, each of which takes one job after another.
+
+A run per core is faster than one run on all cores, where those that have finished a round's clients wait for the rest;
+and TFF, which takes ten seconds to import, is not imported for each of them.
+"""
+
+import ctypes
+import dataclasses
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+from binaries.program import first_line
+
+# TensorFlow and TFF keep some 30 MB of each run in memory: a process is replaced after so many of them.
+_JOBS_PER_PROCESS = 20
+_PR_SET_PDEATHSIG = 1  # From <linux/prctl.h>.
+
+# Does the work in a process of the pool. Is given a function that takes what there is to say of its progress, and
+# returns what came of it.
+Job = Callable[[Callable[[str], None]], str]
+
+
+@dataclasses.dataclass
+class _Process:
+    process: multiprocessing.Process
+    connection: multiprocessing.connection.Connection
+    core: int
+    jobs: int = 0
+    name: str = ""
+    message: str = ""
+
+
+class Pool:
+    """A context manager, at whose end every job that still runs gets SIGTERM and time to save its state."""
+
+    def __init__(self):
+        self._free_cores = sorted(os.sched_getaffinity(0))
+        self._idle = []
+        self._running = {}  # By connection.
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        processes = [worker.process for worker in (*self._idle, *self._running.values())]
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a core has nothing to do."""
+        return bool(self._idle or self._free_cores)
+
+    @property
+    def running(self) -> dict[str, str]:
+        """The jobs that run, by name, with the last that they said."""
+        return {worker.name: worker.message for worker in self._running.values()}
+
+    def submit(self, name: str, job: Job) -> None:
+        """Starts a job on an idle core. It is pickled: a function of a module, or a `functools.partial` of one."""
+        worker = self._idle.pop() if self._idle else _start(self._free_cores.pop())
+        worker.jobs, worker.name, worker.message = worker.jobs + 1, name, "starting"
+        self._running[worker.connection] = worker
+        worker.connection.send(job)
+
+    def wait(self, seconds: float) -> list[tuple[str, str]]:
+        """Waits until a job ends; returns those that have ended, with what came of them.
+
+        Args:
+          seconds: Waits so long at most.
+
+        Raises:
+          RuntimeError: If a job has failed, or its process died.
+        """
+        ended = []
+        until = time.monotonic() + seconds
+        while not ended and (ready := multiprocessing.connection.wait(self._running, until - time.monotonic())):
+            ended = [outcome for connection in ready if (outcome := self._receive(connection))]
+        return ended
+
+    def _receive(self, connection: multiprocessing.connection.Connection) -> tuple[str, str] | None:
+        """Takes a message of a job; returns its name and outcome if it has ended."""
+        worker = self._running[connection]
+        try:
+            kind, message = connection.recv()
+        except EOFError:
+            worker.process.join()
+            raise RuntimeError(
+                f"{worker.name}: its process died with exit status {worker.process.exitcode}, maybe for lack of "
+                "memory; the same command goes on from the saved state"
+            ) from None
+        if kind == "says":
+            worker.message = message
+            return None
+        del self._running[connection]
+        if worker.jobs < _JOBS_PER_PROCESS:
+            self._idle.append(worker)
+        else:
+            worker.process.terminate()
+            worker.process.join()
+            self._free_cores.append(worker.core)
+        if kind == "failed":
+            raise RuntimeError(f"{worker.name}: {message}")
+        return worker.name, message
+
+
+def _start(core: int) -> _Process:
+    context = multiprocessing.get_context("spawn")
+    connection, other_end = context.Pipe()
+    process = context.Process(target=_work, args=(other_end, core), daemon=True)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program, which ends the process.
+    process.start()
+    signal.signal(signal.SIGINT, handler)
+    other_end.close()  # So that the death of the process is the end of the file here.
+    return _Process(process, connection, core)
+
+
+def _work(connection: multiprocessing.connection.Connection, core: int) -> None:
+    """Runs in a process of the pool."""
+    os.sched_setaffinity(0, {core})
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # However the program ends, this process does too.
+    signal.signal(signal.SIGTERM, _stop)
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # It warns when the next job's TFF worker is started.
+    while True:
+        job = connection.recv()
+        try:
+            result = ("ended", job(lambda message: connection.send(("says", message))))
+        except (ValueError, OSError, RuntimeError) as e:
+            result = ("failed", first_line(e))
+        connection.send(result)
+
+
+def _stop(*_) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # A second one must not disturb the saving of the state.
+    sys.exit()

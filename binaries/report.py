@@ -1,0 +1,350 @@
+"""RESULTS.md and its pictures: what was measured, beside what the paper has published.
+
+All of it is computed from the files of the runs and from `binaries.published`. What was not run is said to be so.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import matplotlib.figure
+import numpy as np
+
+from binaries import figure_1, plan, published
+from binaries.plan import Curve, Figure, Grid, Run
+from binaries.published import Row
+from tff_fedavg import learning_curve
+
+_TOLERANCE = 0.25  # Rounds that differ by more are marked. The paper's own repeats of a cell differ by as much.
+_NOT_RUN = "not run"
+_SHOWN_ACCURACIES = {"mnist_2nn": (0.933, 0.987), "mnist_cnn": (0.97, 1.0), "shakespeare_lstm": (0.2, 0.65)}
+_PANEL_INCHES = (6.0, 4.2)
+
+_INTRODUCTION = """# Results
+
+Written by `python -m binaries.reproduce --report` from the files in `runs/`; not by hand.
+
+"Here" is the number of communication rounds to the target test accuracy, by the paper's measure (the best accuracy so
+far, interpolated between evaluations), at the best rate of a grid of resolution 10^(1/3); one seed. A speed-up is over
+the first row of its column. Ratios that are off by more than 25 % are **bold**, and explained or said to be open; the
+paper's own repeats of the same cell differ by up to that, and once by a factor of 2 (Tables 1 and 2)."""
+
+_SHRUNK = "**These are trials of a few seconds on small data, not results.**"
+
+_TITLES = {
+    1: "Table 1: the effect of the client fraction C (2NN: E = 1; CNN: E = 5)",
+    2: "Table 2: more computation per client, C = 0.1",
+    3: "Table 3: CIFAR-10",
+    4: "Table 4: more computation per client, 2NN, C = 0.1",
+}
+_RUN_HEADER = (
+    "cell",
+    "target",
+    "paper",
+    "here",
+    "ratio",
+    "speed-up, paper",
+    "here",
+    "η",
+    "rates run",
+    "seed",
+    "date",
+    "",
+)
+_CURVE_HEADER = ("panel", "curve", "η", "at", "here", "paper")
+
+
+def write(results_dir: pathlib.Path, shrunk: bool = False) -> pathlib.Path:
+    """Writes RESULTS.md into the directory of the results, and the pictures into figures/; returns the former's path.
+
+    Args:
+      results_dir: The directory, with the runs in runs/.
+      shrunk: Whether the runs are the shrunk ones.
+
+    Raises:
+      OSError: If a file cannot be written.
+    """
+    (results_dir / "figures").mkdir(parents=True, exist_ok=True)
+    sections = [_INTRODUCTION, *[_SHRUNK] * shrunk]
+    sections += [_table_section(number, plan.table(number, shrunk), results_dir) for number in _TITLES]
+    sections.append(_figure_1_section(results_dir))
+    sections += [_figure_section(number, figure, results_dir) for number, figure in plan.figures(shrunk).items()]
+    path = results_dir / "RESULTS.md"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("\n\n".join(sections) + "\n")
+    temporary.replace(path)
+    return path
+
+
+class _Measured:
+    """What was measured of a row, at its best rate.
+
+    Attributes:
+      runs: The finished runs.
+      run: The best one; None if there is none.
+      rounds: Its rounds to the target; None if it did not reach it.
+      complete: Whether the grid has been run to its end.
+    """
+
+    def __init__(self, row: Row, grid: Grid, results_dir: pathlib.Path):
+        self.runs, wanted = grid.progress(results_dir)
+        self.complete = not wanted
+        self.run = self.rounds = None
+        self._best = ()
+        for run in self.runs:
+            rounds, accuracies = _evaluations(run, results_dir)
+            reached = learning_curve.rounds_to_target(rounds, accuracies, row.target)
+            rank = (1, -max(accuracies)) if reached is None else (0, reached)
+            if self.run is None or rank < self._best:
+                self.run, self.rounds, self._best = run, reached, rank
+                self._last_round, self._accuracy = rounds[-1], max(accuracies)
+
+    def __str__(self) -> str:
+        if self.run is None:
+            return _NOT_RUN
+        if self.rounds is None:
+            return f"not in {self._last_round} rounds ({self._accuracy:.4f})"
+        return f"{self.rounds:.1f}"
+
+
+def _table_section(number: int, grids: Sequence[Grid], results_dir: pathlib.Path) -> str:
+    grids = {grid.cell: grid for grid in grids}
+    measured = {
+        row: _Measured(row, grids[row.cell], results_dir)
+        for row in published.rows()
+        if row.table == number and row.cell in grids
+    }
+    baselines = {}
+    for row in measured:
+        baselines.setdefault(row.column, row)
+    speedups = {
+        row: (
+            _speedup(baselines[row.column].rounds, row.rounds),
+            _speedup(measured[baselines[row.column]].rounds, measured[row].rounds),
+        )
+        for row in measured
+    }
+    printed = {
+        row: f"{_dash(row.rounds)}{_in_brackets(speedups[row][0])} → "
+        + (_NOT_RUN if measured[row].run is None else f"{_dash(measured[row].rounds)}{_in_brackets(speedups[row][1])}")
+        for row in measured
+    }
+    lines = _markdown(_RUN_HEADER, (_details(row, measured[row], speedups[row], results_dir) for row in measured))
+    return f"## {_TITLES[number]}\n\nRounds, as paper → here.\n\n{_as_printed(printed)}\n\n{lines}"
+
+
+def _as_printed(printed: dict[Row, str]) -> str:
+    """Returns the table in the form in which the paper prints it."""
+
+    def place(row: Row) -> tuple[tuple, str]:
+        cell = row.cell
+        if row.table == 1:
+            return (cell.task, f"C = {cell.C:g}"), f"{cell.partition}, B = {cell.B or '∞'}"
+        if row.table == 3:
+            return (cell.algorithm, f"B = {cell.B or '∞'}"), f"{100 * row.target:g} %"
+        return (cell.task, f"{cell.algorithm}, E = {cell.E}, B = {cell.B or '∞'}"), _iid_or_not(cell.partition)
+
+    columns = list(dict.fromkeys(place(row)[1] for row in printed))
+    table = {}
+    for row, text in printed.items():
+        key, column = place(row)
+        table.setdefault(key, dict.fromkeys(columns, ""))[column] = text
+    return _markdown(("", "", *columns), ((*key, *values.values()) for key, values in table.items()))
+
+
+def _details(
+    row: Row, measured: _Measured, speedups: tuple[float | None, float | None], results_dir: pathlib.Path
+) -> tuple[str, ...]:
+    paper = (row.cell.name, f"{100 * row.target:g} %", _dash(row.rounds), str(measured))
+    if measured.run is None:
+        return (*paper, "", _times(speedups[0]), "", "", "", "", "", "")
+    ratio = measured.rounds / row.rounds if measured.rounds and row.rounds else None
+    differs = abs(ratio - 1) > _TOLERANCE if ratio else (measured.rounds is None) != (row.rounds is None)
+    notes = [published.explanations().get(row.cell.name, "open")] if differs else []
+    if not measured.complete:
+        notes.append("the grid is not finished")
+    shown = f"{ratio:.2f}" if ratio else "-"
+    return (
+        *paper,
+        f"**{shown}**" if differs else shown,
+        *map(_times, speedups),
+        f"{measured.run.learning_rate:g}",
+        ", ".join(f"{run.learning_rate:g}" for run in measured.runs),
+        str(_config(measured.run, results_dir)["seed"]),
+        measured.run.outcome(results_dir)["date"],
+        "; ".join(notes),
+    )
+
+
+def _figure_1_section(results_dir: pathlib.Path) -> str:
+    title = "## Figure 1: the loss of mixtures of two models"
+    measured = {panel: points for panel in figure_1.PANELS if (points := figure_1.read(results_dir, panel))}
+    if not measured:
+        return f"{title}\n\n{_NOT_RUN}"
+    rows = []
+    for panel in figure_1.PANELS:
+        paper = published.curves(1)[panel]["mixture"]
+        for name, points in (("paper", paper), ("here", measured.get(panel))):
+            rows.append((panel, name, *(_mixture(points) if points else (_NOT_RUN, "", "", ""))))
+    figure, axes = _panels(list(figure_1.PANELS))
+    for panel in figure_1.PANELS:
+        _draw(axes[panel], "paper", published.curves(1)[panel]["mixture"], "tab:gray", paper=True)
+        if panel in measured:
+            points = np.array(measured[panel])
+            _draw(axes[panel], "here", points, "tab:blue")
+            axes[panel].axhline(min(_parents(points)), color="tab:blue", linewidth=0.8, label="better parent, here")
+        for theta in (0, 1):
+            axes[panel].axvline(theta, color="lightgray", zorder=0)
+        axes[panel].set(title=f"{panel} initialisation", xlabel="mixing weight θ", ylabel="loss on the training set")
+        axes[panel].legend()
+    path = _save(figure, results_dir, 1)
+    header = ("initialisation", "", "better parent", "at θ = 0.5", "lowest", "highest between the parents")
+    return f"{title}\n\n![Figure 1]({path})\n\n{_markdown(header, rows)}"
+
+
+def _mixture(points: Sequence[tuple[float, float]]) -> tuple[str, ...]:
+    """Returns what Figure 1 is about, as text: a parent's loss, and those of mixtures."""
+    theta, loss = np.array(points).T
+    best = np.argmin(loss)
+    between = loss[(theta >= 0) & (theta <= 1)].max()
+    half = np.interp(0.5, theta, loss)
+    return f"{min(_parents(points)):.4f}", f"{half:.4f}", f"{loss[best]:.4f} at {theta[best]:.2f}", f"{between:.4f}"
+
+
+def _parents(points: Sequence[tuple[float, float]]) -> np.ndarray:
+    theta, loss = np.array(points).T
+    return np.interp([0, 1], theta, loss)
+
+
+def _figure_section(number: int, figure: Figure, results_dir: pathlib.Path) -> str:
+    title = f"## Figure {number}: {figure.title}"
+    measured = {curve: points for curve in figure.curves if len(points := _points(figure, curve, results_dir))}
+    if not measured:
+        return f"{title}\n\n{_NOT_RUN}"
+    drawn = {curve.panel for curve in measured}
+    panels = [panel for panel in dict.fromkeys(curve.panel for curve in figure.curves) if panel in drawn]
+    picture, axes = _panels(panels)
+    targets = {curve.panel: curve.grid.target for curve in measured}
+    rows = []
+    for panel in panels:
+        curves = [curve for curve in figure.curves if curve.panel == panel]
+        for i, curve in enumerate(curves):
+            paper = published.curves(number).get(panel, {}).get(curve.label)
+            if paper:
+                _draw(axes[panel], f"{curve.label}, paper", paper, f"C{i}", paper=True)
+            if curve not in measured:
+                rows.append((panel, curve.label, "", "", _NOT_RUN, ""))
+                continue
+            points = measured[curve]
+            _draw(axes[panel], curve.label, points, f"C{i}")
+            x, y = points[-1]
+            rates = ", ".join(f"{run.learning_rate:g}" for run in _runs(figure, curve, results_dir))
+            rows.append((panel, curve.label, rates, f"{x:g}", f"{y:.4f}", _paper_value(paper, x)))
+        if figure.monotone and targets[panel]:
+            axes[panel].axhline(targets[panel], color="gray", linewidth=0.8)
+            # The runs stop at the target, of the paper's only the ends are known: a linear axis would show neither.
+            axes[panel].set(xscale="log", ylim=_SHOWN_ACCURACIES[panel.split("-")[0]])
+        axes[panel].set(
+            title=panel, xlabel=figure.x_label, ylabel="training loss" if "loss" in figure.metric else "test accuracy"
+        )
+        if "loss" in figure.metric:
+            axes[panel].set_yscale("log")
+        axes[panel].legend(fontsize="x-small")
+    path = _save(picture, results_dir, number)
+    return f"{title}\n\n![Figure {number}]({path})\n\n{_markdown(_CURVE_HEADER, rows)}"
+
+
+def _runs(figure: Figure, curve: Curve, results_dir: pathlib.Path) -> list[Run]:
+    """Returns the runs that a curve shows: all rates where the figure is monotone, else the best finished one."""
+    done, wanted = curve.grid.progress(results_dir)
+    runs = [run for run in [*done, *wanted] if (run.directory(results_dir) / "metrics.csv").exists()]
+    if figure.monotone or len(runs) <= 1:
+        return runs
+    return (
+        [min(done, key=lambda run: curve.grid.rank(run.outcome(results_dir), run.learning_rate))] if done else runs[:1]
+    )
+
+
+def _points(figure: Figure, curve: Curve, results_dir: pathlib.Path) -> np.ndarray:
+    """Returns the points of a curve, `[n, 2]`; the best of all rates up to each x where the figure is monotone."""
+    points = []
+    for run in _runs(figure, curve, results_dir):
+        rows = learning_curve.read_metrics(run.directory(results_dir) / "metrics.csv")
+        points += [
+            (curve.x_per_round * row[learning_curve.ROUND_FIELD], row[figure.metric])
+            for row in rows
+            if figure.metric in row
+        ]
+    points = np.array(sorted(points)).reshape(-1, 2)
+    if figure.monotone:
+        points[:, 1] = np.maximum.accumulate(points[:, 1])
+        points = points[np.diff(points[:, 0], append=np.inf) > 0]
+    return points
+
+
+def _paper_value(paper: Sequence[tuple[float, float]] | None, x: float) -> str:
+    if not paper:
+        return ""
+    (first, _), (last, end) = paper[0], paper[-1]
+    if first <= x <= last and len(paper) > 1:
+        return f"{np.interp(x, *np.array(paper).T):.4f}"
+    return f"{end:.4f} at {last:g}"
+
+
+def _panels(names: Sequence[str]) -> tuple[matplotlib.figure.Figure, dict]:
+    columns = min(len(names), 2)
+    rows = -(-len(names) // columns)
+    size = (_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * rows)
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for unused in axes[len(names) :]:
+        unused.remove()
+    return figure, dict(zip(names, axes))
+
+
+def _draw(axes, label: str, points: Sequence[tuple[float, float]], color: str, paper: bool = False) -> None:
+    """Draws a curve: a measured one as a line, the paper's dashed, with marks where its points are few."""
+    x, y = np.array(points).T
+    style = {"linestyle": "--", "alpha": 0.6, "marker": "o" if len(x) < 20 else ""} if paper else {}
+    axes.plot(x, y, color=color, label=label, linewidth=1 if paper else 1.6, markersize=3, **style)
+
+
+def _save(figure: matplotlib.figure.Figure, results_dir: pathlib.Path, number: int) -> str:
+    """Writes the picture of a figure; returns its path, relative to RESULTS.md."""
+    path = results_dir / "figures" / f"figure_{number}.png"
+    temporary = path.with_suffix(".tmp")
+    figure.savefig(temporary, format="png", dpi=100)
+    temporary.replace(path)
+    return f"figures/{path.name}"
+
+
+def _evaluations(run: Run, results_dir: pathlib.Path) -> tuple[list[int], list[float]]:
+    return learning_curve.evaluations(learning_curve.read_metrics(run.directory(results_dir) / "metrics.csv"))
+
+
+def _config(run: Run, results_dir: pathlib.Path) -> dict:
+    return json.loads((run.directory(results_dir) / "config.json").read_text())["settings"]
+
+
+def _speedup(baseline: float | None, rounds: float | None) -> float | None:
+    return baseline / rounds if baseline and rounds else None
+
+
+def _times(speedup: float | None) -> str:
+    return "" if speedup is None else f"{speedup:.1f}x"
+
+
+def _in_brackets(speedup: float | None) -> str:
+    return "" if speedup in (None, 1) else f" ({_times(speedup)})"
+
+
+def _dash(rounds: float | None) -> str:
+    return "-" if rounds is None else f"{rounds:.0f}"
+
+
+def _iid_or_not(partition: str) -> str:
+    return "IID" if partition == "iid" else "non-IID"
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *rows))

@@ -1,0 +1,163 @@
+"""Reproduces the tables and figures of the paper: runs what is missing, and sets it beside the published numbers.
+
+    python -m binaries.reproduce --table=4 --rows='mnist_2nn-iid-*' --budget_hours=8
+    python -m binaries.reproduce --list
+    python -m binaries.reproduce --report
+
+Started again, it goes on where it was; without --table and --figure it is about all of them. It runs as many models at
+once as it may use cores.
+"""
+
+import fnmatch
+import functools
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+
+from absl import flags
+
+import tasks
+from binaries import figure_1, plan, pool, program
+
+_TABLE = flags.DEFINE_multi_integer(
+    "table", [], "A table of the paper, 1 to 4; may be given several times.", lower_bound=1, upper_bound=4
+)
+_FIGURE = flags.DEFINE_multi_integer(
+    "figure", [], "A figure of the paper, 1 to 10; may be given several times.", lower_bound=1, upper_bound=10
+)
+_ROWS = flags.DEFINE_list(
+    "rows", ["*"], "Which cells of them: names as --list shows them, with wildcards, such as 'mnist_2nn-iid-*-B10'."
+)
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", None, "Rounds of a run at most; by default 1.5 times the paper's. More can follow later.", lower_bound=1
+)
+_BUDGET_HOURS = flags.DEFINE_float(
+    "budget_hours", None, "Stops after so many hours, to go on with the next call.", lower_bound=0
+)
+_LIST = flags.DEFINE_boolean("list", False, "Shows the cells, what was measured, and the time that the rest takes.")
+_REPORT = flags.DEFINE_boolean("report", False, "Writes RESULTS.md and its pictures into --results_dir.")
+_QUICK = flags.DEFINE_boolean(
+    "quick",
+    False,
+    "Everything in a small form, on data that come with the packages: shows in minutes that it runs. The results go "
+    "into --results_dir, by default results-quick.",
+)
+_RESULTS_DIR = flags.DEFINE_string("results_dir", None, "Where the results are; by default results.")
+_DATA_DIR = flags.DEFINE_string("data_dir", "~/.cache/tff_fedavg/data", "As for binaries.train.")
+_CACHE_DIR = flags.DEFINE_string("cache_dir", "~/.cache/tff_fedavg/clients", "As for binaries.train.")
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def main() -> None:
+    if _LIST.value and _REPORT.value:
+        raise ValueError("--list and --report are two commands: give one of them")
+    results_dir = pathlib.Path(os.path.expanduser(_RESULTS_DIR.value or "results" + "-quick" * _QUICK.value))
+    if _REPORT.value:
+        from binaries import report
+
+        print(report.write(results_dir, shrunk=_QUICK.value))
+        return
+    panels, grids = _selection()
+    if _LIST.value:
+        print("\n".join(_listing(panels, grids, results_dir)))
+        return
+    _run(panels, grids, results_dir)
+
+
+def _selection() -> tuple[list[str], list[plan.Grid]]:
+    """Returns the panels of Figure 1 and the grids that the flags ask for, in the order in which they are run."""
+    everything = not _TABLE.value and not _FIGURE.value
+    figures = [f for n, f in plan.figures(_QUICK.value).items() if everything or n in _FIGURE.value]
+    grids = [g for n in (1, 2, 3, 4) if everything or n in _TABLE.value for g in plan.table(n, _QUICK.value)]
+    grids = [*dict.fromkeys([*grids, *(curve.grid for figure in figures for curve in figure.curves)])]
+    panels = [panel for panel in figure_1.PANELS if everything or 1 in _FIGURE.value]
+    for pattern in _ROWS.value:
+        if not fnmatch.filter([*map(figure_1.name, panels), *(grid.cell.name for grid in grids)], pattern):
+            raise ValueError(f"--rows={pattern} is no cell of what was asked for: see --list")
+    panels = [panel for panel in panels if _is_asked_for(figure_1.name(panel))]
+    grids = [grid for grid in grids if _is_asked_for(grid.cell.name)]
+    if _ROUNDS.value:
+        grids = [plan.limit(grid, _ROUNDS.value) for grid in grids]
+    if _QUICK.value:
+        left_out = {g.cell.task for g in grids if tasks.TASKS[g.cell.task].embedded is None}
+        grids = [grid for grid in grids if grid.cell.task not in left_out]
+        for task in sorted(left_out):
+            print(f"{task} is left out: no package comes with data for it", flush=True)
+    return panels, grids
+
+
+def _is_asked_for(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _ROWS.value)
+
+
+def _listing(panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pathlib.Path) -> list[str]:
+    """Returns a line for each panel of Figure 1 and for each grid."""
+    layout = "{:<52} {:<34} {:>9} {:>9} {:>9}"
+    lines = [layout.format("cell", "state", "rounds", "seconds", "left")]
+    for panel in panels:
+        state = "done" if figure_1.read(results_dir, panel) else "not run"
+        lines.append(layout.format(figure_1.name(panel), state, "", "", ""))
+    outcomes = plan.outcomes(results_dir)
+    for grid in grids:
+        done, wanted = grid.progress(results_dir)
+        found = {run: run.outcome(results_dir) for run in done}
+        state, rounds = "not run", ""
+        if found:
+            best = min(found, key=lambda run: grid.rank(found[run], run.learning_rate))
+            state = f"{len(found)} rates, best {best.learning_rate:g}" + ("" if wanted else ": done")
+            rounds = found[best]["rounds_to_target"]
+            rounds = "-" if rounds is None else f"{rounds:.1f}"
+        seconds = f"{sum(outcome['training_seconds'] for outcome in found.values()):.0f}" if found else ""
+        left = plan.seconds_left(grid, wanted, outcomes)
+        lines.append(layout.format(_title(grid), state, rounds, seconds, "?" if left is None else f"{left:.0f}"))
+    return lines
+
+
+def _title(grid: plan.Grid) -> str:
+    """Returns the name of the cell; of a single run, its own."""
+    return grid.cell.name if len(grid.rates) > 1 else grid.run(grid.rates[0]).name
+
+
+def _run(panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pathlib.Path) -> None:
+    directories = [os.path.expanduser(flag.value) for flag in (_DATA_DIR, _CACHE_DIR)]
+    deadline = time.monotonic() + 3600 * _BUDGET_HOURS.value if _BUDGET_HOURS.value is not None else float("inf")
+    mnist = tasks.TASKS["mnist_2nn"]
+    data = mnist.embedded if _QUICK.value else mnist.data[0]
+
+    def waiting(running):
+        for panel in panels:
+            if figure_1.name(panel) not in running and not figure_1.read(results_dir, panel):
+                job = functools.partial(figure_1.execute, panel, data, results_dir, *directories)
+                yield figure_1.name(panel), job
+        for grid in grids:
+            for run in grid.progress(results_dir)[1]:
+                if run.name not in running:
+                    yield run.name, functools.partial(execution.execute, run, results_dir, *directories)
+
+    from binaries import execution
+
+    printed_at = time.monotonic()
+    try:
+        with pool.Pool() as processes:
+            while time.monotonic() < deadline:
+                while processes.has_room and (job := next(waiting(processes.running), None)):
+                    processes.submit(*job)
+                if not processes.running:
+                    break
+                now = time.monotonic()
+                for name, outcome in processes.wait(min(printed_at + _SECONDS_BETWEEN_LINES, deadline) - now):
+                    print(f"{name}: {outcome}", flush=True)
+                if time.monotonic() - printed_at >= _SECONDS_BETWEEN_LINES:
+                    printed_at = time.monotonic()
+                    for name, message in processes.running.items():
+                        print(f"    {name}: {message}", flush=True)
+    except KeyboardInterrupt as e:
+        raise KeyboardInterrupt("interrupted; the same command goes on from the saved states") from e
+    left = len(list(waiting({})))
+    print(f"{left} runs are left: the same command goes on with them" if left else "nothing is left to run")
+
+
+if __name__ == "__main__":
+    program.run("reproduce", main)

@@ -1,0 +1,72 @@
+"""The processes of `binaries.pool`; without TensorFlow, which each of them would import."""
+
+import functools
+import os
+import pathlib
+import time
+
+import psutil
+import pytest
+
+from binaries import pool
+
+
+def sleep_and_save(path, say):
+    say("sleeping")
+    try:
+        time.sleep(60)
+    finally:
+        pathlib.Path(path).write_text(str(sorted(os.sched_getaffinity(0))))
+
+
+def pid(say):
+    return f"{os.getpid()} on {len(os.sched_getaffinity(0))} core"
+
+
+def fail(say):
+    raise ValueError("no data: get them\nand more")
+
+
+def die(say):
+    os._exit(7)
+
+
+def test_processes_are_kept_from_job_to_job_and_have_a_core_each():
+    with pool.Pool() as processes:
+        outcomes = []
+        for i in range(3):
+            processes.submit(f"job {i}", pid)
+            outcomes += processes.wait(60)
+    assert [name for name, _ in outcomes] == ["job 0", "job 1", "job 2"]
+    assert len({outcome for _, outcome in outcomes}) == 1
+    assert outcomes[0][1].endswith(" on 1 core")
+
+
+def test_process_is_replaced_before_what_its_jobs_leave_in_memory_adds_up(monkeypatch):
+    monkeypatch.setattr(pool, "_JOBS_PER_PROCESS", 2)
+    outcomes = []
+    with pool.Pool() as processes:
+        for i in range(3):
+            processes.submit(f"job {i}", pid)
+            outcomes += [outcome for _, outcome in processes.wait(60)]
+    assert outcomes[0] == outcomes[1] != outcomes[2]
+
+
+def test_end_of_the_pool_lets_the_jobs_save_and_leaves_no_process(tmp_path):
+    with pool.Pool() as processes:
+        processes.submit("job", functools.partial(sleep_and_save, tmp_path / "saved"))
+        while processes.running["job"] != "sleeping":
+            processes.wait(0.1)
+        children = psutil.Process().children()
+    assert (tmp_path / "saved").exists()
+    assert not any("spawn_main" in " ".join(child.cmdline()) for child in children if child.is_running())
+
+
+def test_job_that_fails_or_whose_process_dies_is_told_by_name():
+    with pool.Pool() as processes:
+        processes.submit("bad", fail)
+        with pytest.raises(RuntimeError, match="^bad: no data: get them$"):
+            processes.wait(60)
+        processes.submit("dead", die)
+        with pytest.raises(RuntimeError, match="^dead: its process died with exit status 7, .* goes on"):
+            processes.wait(60)

@@ -1,0 +1,133 @@
+"""RESULTS.md, against numbers worked out by hand from runs that are written by hand."""
+
+import csv
+import json
+import pathlib
+import shutil
+
+import pytest
+
+from binaries import plan, published, report
+from binaries.published import Cell
+
+ROOT = pathlib.Path(__file__).parent.parent
+FED_SGD = Cell("mnist_2nn", "iid", "fedsgd", 0.1, 1, None)
+FED_AVG = Cell("mnist_2nn", "iid", "fedavg", 0.1, 1, 10)
+
+
+def record(results_dir, run, rows, ended="target", date="2017-04-20"):
+    """Leaves a run with these rows of metrics: round, accuracy and loss."""
+    directory = run.directory(results_dir)
+    directory.mkdir(parents=True)
+    with open(directory / "metrics.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["round_num", "evaluation/accuracy", "evaluation/train_loss"])
+        writer.writerows(rows)
+    (directory / "config.json").write_text(json.dumps({"settings": run.settings()}))
+    accuracies = [row[1] for row in rows]
+    outcome = {
+        "ended": ended,
+        "rounds": rows[-1][0],
+        "rounds_to_target": rows[-1][0] if ended == "target" else None,
+        "best_accuracy": max(accuracies),
+        "training_seconds": 1.0,
+        "date": date,
+    }
+    (directory / "outcome.json").write_text(json.dumps(outcome))
+
+
+def grid_of(cell, table):
+    return next(grid for grid in plan.table(table) if grid.cell == cell)
+
+
+@pytest.fixture(scope="module")
+def results_dir(tmp_path_factory):
+    """Two cells of Table 4 with a grid of three rates each, a curve of Figure 8, and a half of Figure 1."""
+    path = tmp_path_factory.mktemp("results")
+    slow, fast = grid_of(FED_SGD, 4), grid_of(FED_AVG, 4)
+    record(path, slow.run(0.464), [(0, 0.1, ""), (1000, 0.96, ""), (2000, 0.98, "")])  # 0.97 in round 1500.
+    record(path, slow.run(0.215), [(0, 0.1, ""), (2211, 0.95, "")], ended="cap")
+    record(path, slow.run(1.0), [(0, 0.1, ""), (1, 0.2, "")], ended="diverged")
+    record(path, fast.run(0.1), [(0, 0.1, ""), (40, 0.965, ""), (60, 0.975, "")], date="2017-04-21")  # In round 50.
+    record(path, fast.run(0.0464), [(0, 0.1, ""), (70, 0.97, "")])
+    record(path, fast.run(0.215), [(0, 0.1, ""), (80, 0.97, "")])
+    large = next(curve.grid for curve in plan.figures()[8].curves if (curve.panel, curve.label) == ("iid", "E=5"))
+    record(path, large.run(0.215), [(0, 0.1, 2.3), (5, 0.9, 0.06)], ended="cap")
+    figure_1 = path / "runs" / "figure_1-shared" / "losses.csv"
+    figure_1.parent.mkdir()
+    figure_1.write_text("theta,loss\n-0.2,0.9\n0.0,0.5\n0.5,0.4\n1.0,0.45\n1.2,0.8\n")
+    report.write(path)
+    return path
+
+
+def lines(results_dir):
+    return (results_dir / "RESULTS.md").read_text().splitlines()
+
+
+def cells(results_dir, name, heading):
+    """Returns the cells of the row that starts with this name, below this heading."""
+    text = lines(results_dir)
+    start = next(i for i, line in enumerate(text) if line.startswith(heading))
+    row = next(line for line in text[start:] if line.startswith(f"| {name} |"))
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_row_has_the_papers_rounds_and_the_measured_ones_at_the_best_rate(results_dir):
+    row = cells(results_dir, FED_AVG.name, "## Table 4")
+    # 50 / 92; speed-ups 1468 / 92 and 1500 / 50.
+    assert row[:7] == [FED_AVG.name, "97 %", "92", "50.0", "**0.54**", "16.0x", "30.0x"]
+    assert row[7:11] == ["0.1", "0.0464, 0.1, 0.215", "0", "2017-04-21"]
+    assert row[11] == published.explanations().get(FED_AVG.name, "open")
+
+
+def test_row_within_a_quarter_of_the_paper_is_not_marked(results_dir):
+    row = cells(results_dir, FED_SGD.name, "## Table 4")
+    assert row[3:5] == ["1500.0", "1.02"]
+    assert row[8] == "0.215, 0.464, 1"
+    assert row[11] == ""
+
+
+def test_same_run_is_shown_in_every_table_that_has_its_cell(results_dir):
+    assert cells(results_dir, FED_AVG.name, "## Table 1")[2:5] == ["87", "50.0", "**0.57**"]
+
+
+def test_table_is_set_as_the_paper_prints_it(results_dir):
+    text = lines(results_dir)
+    assert "| mnist_2nn | fedavg, E = 1, B = 10 | 92 (16.0x) → 50 (30.0x) | 831 (2.2x) → not run |" in text
+    assert "| sgd | B = 100 | 18000 → not run | 31000 → not run | 99000 → not run |" in text
+    row = next(line for line in text if line.startswith("| mnist_2nn | C = 0.5 |"))
+    assert row == ("| mnist_2nn | C = 0.5 | - → not run | 75 (4.2x) → not run | - → not run | 443 (7.4x) → not run |")
+
+
+def test_what_was_not_run_is_said_to_be_so_and_not_estimated(results_dir):
+    row = cells(results_dir, "mnist_2nn-iid-C0.1-E20-B10", "## Table 4")
+    assert row[:4] == ["mnist_2nn-iid-C0.1-E20-B10", "97 %", "32", "not run"]
+    assert row[4:] == ["", "45.9x", "", "", "", "", "", ""]
+    text = "\n".join(lines(results_dir))
+    assert "## Figure 9: test accuracy on CIFAR-10 over gradient computations, B = 50\n\nnot run" in text
+
+
+def test_grid_that_is_not_finished_and_a_target_that_was_not_reached_are_said(results_dir, tmp_path):
+    run = grid_of(FED_AVG, 4).run(0.1)
+    record(tmp_path, run, [(0, 0.1, ""), (138, 0.961, "")], ended="cap")
+    report.write(tmp_path)
+    row = cells(tmp_path, FED_AVG.name, "## Table 4")
+    assert row[3:5] == ["not in 138 rounds (0.9610)", "**-**"]
+    assert row[11] == "open; the grid is not finished"
+
+
+def test_figures_are_drawn_and_compared_where_the_measured_curve_ends(results_dir):
+    # The paper's curve of E = 5 has a marker in round 5, at 0.0627.
+    assert cells(results_dir, "iid | E=5", "## Figure 8") == ["iid", "E=5", "0.215", "5", "0.0600", "0.0627"]
+    assert cells(results_dir, "iid | E=25", "## Figure 8")[4] == "not run"
+    assert cells(results_dir, "shared | here", "## Figure 1")[2:] == ["0.4500", "0.4000", "0.4000 at 0.50", "0.5000"]
+    assert cells(results_dir, "independent | here", "## Figure 1")[2] == "not run"
+    drawn = {path.name for path in (results_dir / "figures").iterdir()}
+    assert drawn == {"figure_1.png", "figure_7.png", "figure_8.png"}
+
+
+def test_committed_results_are_what_the_committed_runs_give(tmp_path):
+    """No number of RESULTS.md enters by hand."""
+    shutil.copytree(ROOT / "results" / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("states"))
+    report.write(tmp_path)
+    assert (tmp_path / "RESULTS.md").read_text() == (ROOT / "results" / "RESULTS.md").read_text()

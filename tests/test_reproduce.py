@@ -1,0 +1,272 @@
+"""Which runs `binaries.reproduce` plans, how it runs them, and the program as a user runs it."""
+
+import csv
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from binaries import execution, experiment, figure_1, plan
+from binaries.published import Cell
+from tff_fedavg.training import DivergedError, Progress
+
+ROOT = pathlib.Path(__file__).parent.parent
+CELL = Cell("mnist_2nn", "iid", "fedavg", 0.1, 1, 10)
+
+
+def grid_of(cell, table):
+    return next(grid for grid in plan.table(table) if grid.cell == cell)
+
+
+def record(results_dir, run, rounds_to_target, *, ended="target", best_accuracy=0.97, rounds=None):
+    """Leaves a run as if it had been run."""
+    directory = run.directory(results_dir)
+    directory.mkdir(parents=True)
+    outcome = {
+        "ended": ended,
+        "rounds": rounds or rounds_to_target,
+        "rounds_to_target": rounds_to_target,
+        "best_accuracy": best_accuracy,
+        "training_seconds": 1.0,
+        "date": "2017-04-20",
+    }
+    (directory / "outcome.json").write_text(json.dumps(outcome))
+
+
+def all_runs():
+    grids = [grid for number in (1, 2, 3, 4) for grid in plan.table(number)]
+    grids += [curve.grid for figure in plan.figures().values() for curve in figure.curves]
+    return [grid.run(rate) for grid in grids for rate in grid.rates]
+
+
+@pytest.mark.parametrize(
+    ("table", "cell", "rounds"),
+    [
+        (2, Cell("mnist_cnn", "iid", "fedsgd", 0.1, 1, None), 939),  # 1.5 * 626
+        (1, CELL, 138),  # 1.5 * 92: Table 4 has more rounds than Table 1.
+        (1, Cell("mnist_2nn", "iid", "fedsgd", 0.5, 1, None), 2487),  # A dash; the column's largest is 1658.
+        (3, Cell("cifar_cnn", "iid", "fedsgd", 0.1, 1, None), 9900),  # 1.5 * 6600; N/A for 85 %.
+    ],
+)
+def test_runs_stop_at_one_and_a_half_times_the_papers_rounds(table, cell, rounds):
+    assert grid_of(cell, table).rounds == rounds
+
+
+def test_evaluations_are_every_round_or_about_a_hundred():
+    assert grid_of(CELL, 1).eval_every == 1
+    grid = grid_of(Cell("mnist_2nn", "pathological", "fedsgd", 0.0, 1, None), 1)
+    assert 100 <= grid.rounds / grid.eval_every < 102
+
+
+def test_runs_of_the_same_name_compute_the_same():
+    """Else a cell that two tables or figures share would be refused as a run with other settings."""
+    settings = {}
+    for run in all_runs():
+        chosen = {name: value for name, value in run.settings().items() if name not in ("rounds", "target_accuracy")}
+        assert settings.setdefault(run.name, chosen) == chosen
+    names = {run.name for run in all_runs() if run.grid.cell == CELL}
+    assert "mnist_2nn-iid-C0.1-E1-B10/eta0.1" in names
+
+
+def test_figures_have_the_papers_rates_and_all_of_its_curves():
+    from binaries import published
+
+    rates = {
+        number: sorted({rate for curve in figure.curves for rate in curve.grid.rates})
+        for number, figure in plan.figures().items()
+    }
+    assert rates[3] == [1.47]
+    assert rates[8] == [0.1, 0.215]
+    assert rates[4] == [0.05, 0.15, 0.25, 0.45, 0.6, 0.7]
+    assert rates[5] == [3, 6, 9, 18, 22]
+    assert rates[9] == [0.05, 0.15, 0.17, 0.3, 0.5]
+    assert {number: len(plan.figures()[number].curves) for number in (3, 4, 5, 8, 9, 10)} == {
+        3: 12,
+        4: 6,
+        5: 8,
+        8: 14,
+        9: 7,
+        10: 12,
+    }
+    for number, figure in plan.figures().items():
+        measured = {(curve.panel, curve.label) for curve in figure.curves}
+        assert {(p, label) for p, curves in published.curves(number).items() for label in curves} <= measured
+    # "One round = C K E 10 gradient computations", to 300,000.
+    assert all(curve.grid.rounds * curve.x_per_round == 300_000 for curve in plan.figures()[9].curves)
+    sampled = plan.figures()[5].curves[0].grid.cell.C * 342_477
+    assert sampled == pytest.approx(200)
+
+
+def test_grid_goes_on_in_the_direction_of_the_best_rate_until_that_is_not_at_an_edge(tmp_path):
+    rounds = {0.0215: 90, 0.0464: 60, 0.1: 50, 0.215: 40, 0.464: 30, 1.0: 70, 2.15: 99}
+    grid = grid_of(CELL, 1)
+    started = []
+    while wanted := grid.progress(tmp_path)[1]:
+        started.append(wanted[0].learning_rate)
+        record(tmp_path, wanted[0], rounds[wanted[0].learning_rate])
+    assert started == [0.1, 0.0464, 0.215, 0.464, 1.0]
+    assert [run.learning_rate for run in grid.progress(tmp_path)[0]] == [0.0464, 0.1, 0.215, 0.464, 1.0]
+
+
+def test_rate_that_diverged_is_a_result_and_the_worst_one(tmp_path):
+    grid = grid_of(CELL, 1)
+    for rate in (0.1, 0.215):
+        record(tmp_path, grid.run(rate), None, ended="diverged", best_accuracy=0.96, rounds=3)
+    record(tmp_path, grid.run(0.0464), None, ended="cap", best_accuracy=0.5, rounds=138)
+    assert [run.learning_rate for run in grid.progress(tmp_path)[1]] == [0.0215]
+
+
+def test_run_that_stopped_early_is_wanted_again_for_more_rounds(tmp_path):
+    grid = grid_of(CELL, 1)
+    record(tmp_path, grid.run(0.1), None, ended="cap", best_accuracy=0.9, rounds=30)
+    assert 0.1 not in [run.learning_rate for run in plan.limit(grid, 30).progress(tmp_path)[1]]
+    assert 0.1 in [run.learning_rate for run in grid.progress(tmp_path)[1]]
+
+
+def test_seconds_left_follow_the_clients_and_the_local_epochs(tmp_path):
+    grid = grid_of(CELL, 1)
+    assert plan.seconds_left(grid, [grid.run(0.1)], plan.outcomes(tmp_path)) is None
+    record(tmp_path, grid.run(0.1), 50)  # 0.02 s a round.
+    other = grid_of(Cell("mnist_2nn", "iid", "fedavg", 0.2, 1, 10), 1)
+    left = plan.seconds_left(other, [other.run(0.1), other.run(0.215)], plan.outcomes(tmp_path))
+    assert left == pytest.approx(2 * 77 * 0.02 * 2, rel=0.01)  # Two rates, the paper's 77 rounds, twice the clients.
+
+
+@pytest.fixture
+def fake_training(monkeypatch):
+    """Replaces the training by one that gains an accuracy of 0.01 a round, and may diverge."""
+
+    def train(settings, *, run_dir, observer, diverges_after=10**9, **_):
+        directory = pathlib.Path(run_dir)
+        directory.mkdir(parents=True)
+        with open(directory / "metrics.csv", "w", newline="", buffering=1) as file:
+            writer = csv.writer(file)
+            writer.writerow(["round_num", "evaluation/accuracy", "training_time_in_seconds"])
+            for t in range(settings["rounds"] + 1):
+                if t > diverges_after:
+                    raise DivergedError("diverged")
+                accuracy = min(0.01 * t, 0.96)
+                writer.writerow([t, accuracy, 0.5])
+                observer.update(Progress(t, {"evaluation/accuracy": accuracy}, accuracy))
+
+    monkeypatch.setattr(experiment, "run", train)
+    return train
+
+
+def test_rate_is_given_up_when_it_can_no_longer_win(tmp_path, fake_training):
+    grid = grid_of(CELL, 1)
+    record(tmp_path, grid.run(0.215), 40.0)
+    said = []
+    execution.execute(grid.run(0.1), tmp_path, "", "", said.append)
+    outcome = grid.run(0.1).outcome(tmp_path)
+    assert (outcome["ended"], outcome["rounds"], outcome["best_accuracy"]) == ("slower", 60, 0.6)  # 1.5 * 40
+    assert outcome["rounds_to_target"] is None
+    assert outcome["training_seconds"] == pytest.approx(0.5 * 61)
+    assert said[30] == "round 30/138, best accuracy 0.3000"
+    assert grid.run(0.1) in grid.progress(tmp_path)[0]
+
+
+def test_run_without_a_better_one_goes_to_its_cap(tmp_path, fake_training):
+    run = grid_of(CELL, 1).run(0.1)
+    execution.execute(run, tmp_path, "", "", lambda line: None)
+    assert (run.outcome(tmp_path)["ended"], run.outcome(tmp_path)["rounds"]) == ("cap", 138)
+
+
+def test_run_that_diverges_has_an_outcome(tmp_path, monkeypatch, fake_training):
+    monkeypatch.setattr(experiment, "run", functools.partial(fake_training, diverges_after=5))
+    run = grid_of(CELL, 1).run(0.1)
+    execution.execute(run, tmp_path, "", "", lambda line: None)
+    assert (run.outcome(tmp_path)["ended"], run.outcome(tmp_path)["rounds"]) == ("diverged", 5)
+
+
+def test_mixture_of_models_is_theirs_at_the_ends_and_linear_between():
+    w, v = [np.array([1.0, 2.0]), np.array([[4.0]])], [np.array([3.0, -2.0]), np.array([[0.0]])]
+    assert [a.tolist() for a in figure_1.mix(w, v, 1.0)] == [[1.0, 2.0], [[4.0]]]
+    assert [a.tolist() for a in figure_1.mix(w, v, 0.0)] == [[3.0, -2.0], [[0.0]]]
+    assert [a.tolist() for a in figure_1.mix(w, v, 0.25)] == [[2.5, -1.0], [[1.0]]]
+    # "50 evenly spaced values in [-0.2, 1.2]".
+    assert (len(figure_1.THETAS), figure_1.THETAS[0], figure_1.THETAS[-1]) == (50, -0.2, 1.2)
+
+
+def reproduce(*flags, timeout=300):
+    command = [sys.executable, "-m", "binaries.reproduce", *flags]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--table=5"], "--table=5"),
+        (["--figure=0"], "--figure=0"),
+        (["--table=4", "--rows=mnist_cnn-*"], "--rows=mnist_cnn-* is no cell of what was asked for: see --list"),
+        (["--list", "--report"], "--list and --report are two commands: give one of them"),
+        (["--rounds=0"], "--rounds=0"),
+    ],
+)
+def test_bad_flags_get_one_line(tmp_path, flags, message):
+    result = reproduce(*flags, f"--results_dir={tmp_path / 'results'}")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("reproduce: ") and result.stderr.count("\n") == 1
+    assert message in result.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_list_shows_the_state_of_each_cell(tmp_path):
+    grid = grid_of(CELL, 1)
+    for rate, rounds in ((0.1, 50), (0.0464, 70), (0.215, 60)):
+        record(tmp_path, grid.run(rate), rounds)
+    result = reproduce("--list", "--table=4", "--rows=mnist_2nn-iid-C0.1-E?-B10,*-E20-B10", f"--results_dir={tmp_path}")
+    assert (result.returncode, result.stderr) == (0, "")
+    header, *lines = result.stdout.splitlines()
+    assert header.split() == ["cell", "state", "rounds", "seconds", "left"]
+    assert [line.split()[0] for line in lines] == [
+        "mnist_2nn-iid-C0.1-E1-B10",
+        "mnist_2nn-iid-C0.1-E20-B10",
+        "mnist_2nn-pathological-C0.1-E20-B10",
+    ]
+    assert " ".join(lines[0].split()[1:]) == "3 rates, best 0.1: done 50.0 3 0"
+    assert lines[1].split()[1:3] == ["not", "run"]
+
+
+def test_budget_that_is_used_up_ends_with_what_is_left(tmp_path):
+    result = reproduce("--table=3", "--budget_hours=0", f"--results_dir={tmp_path}")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == "7 runs are left: the same command goes on with them\n"
+
+
+def test_quick_form_runs_a_cell_of_each_kind_and_skips_what_is_recorded(tmp_path):
+    flags = [
+        "--quick",
+        "--table=4",
+        "--figure=1",
+        "--figure=8",
+        "--rows=figure_1-shared,mnist_2nn-iid-C0.1-E1-B10,mnist_cnn-iid-C0.1-E1-B10",
+        f"--results_dir={tmp_path / 'results'}",
+        f"--cache_dir={tmp_path / 'cache'}",
+    ]
+    result = reproduce(*flags)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[-1] == "nothing is left to run"
+    ended = {line.split(":")[0] for line in result.stdout.splitlines() if not line.startswith(" ")}
+    assert {
+        "figure_1-shared",
+        "mnist_2nn-iid-C0.1-E1-B10/eta0.1",
+        "mnist_cnn-iid-C0.1-E1-B10/eta0.215-train_loss",
+    } <= ended
+    with open(tmp_path / "results/runs/mnist_cnn-iid-C0.1-E1-B10/eta0.215-train_loss/metrics.csv") as file:
+        losses = [row["evaluation/train_loss"] for row in csv.DictReader(file)]
+    # At the start each of 10 digits is about as likely.
+    assert float(losses[0]) == pytest.approx(np.log(10), abs=0.1)
+    assert float(losses[2]) < float(losses[0])
+    mixtures = figure_1.read(tmp_path / "results", "shared")
+    assert [theta for theta, _ in mixtures] == pytest.approx(np.linspace(-0.2, 1.2, 50), abs=1e-6)
+    started = time.monotonic()
+    assert reproduce(*flags).stdout == "nothing is left to run\n"
+    assert time.monotonic() - started < 5
+    assert reproduce("--quick", "--report", f"--results_dir={tmp_path / 'results'}").returncode == 0
+    assert (tmp_path / "results" / "figures" / "figure_8.png").read_bytes().startswith(b"\x89PNG")
