@@ -8,7 +8,7 @@ from tff_fedavg.client_data import ClientDataset
 
 
 def build_fed_eval(
-    model: tff.learning.models.FunctionalModel, client_dataset: ClientDataset, *, batch_size: int = 200
+    model: tff.learning.models.FunctionalModel, client_dataset: ClientDataset, *, batch_size: int = 50
 ) -> tff.Computation:
     """Builds the evaluation of the model's metrics.
 
