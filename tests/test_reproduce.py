@@ -240,14 +240,14 @@ def test_list_shows_the_state_of_each_cell(tmp_path):
         "mnist_2nn-iid-C0.1-E20-B10",
         "mnist_2nn-pathological-C0.1-E20-B10",
     ]
-    assert " ".join(lines[0].split()[1:]) == "3 rates, best 0.1: done 50.0 3 0"
+    assert " ".join(lines[0].split()[1:]) == "rates run: 3, best 0.1: done 50.0 3 0"
     assert lines[1].split()[1:3] == ["not", "run"]
 
 
 def test_budget_that_is_used_up_ends_with_what_is_left(tmp_path):
     result = reproduce("--table=3", "--budget_hours=0", f"--results_dir={tmp_path}")
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == "7 runs are left: the same command goes on with them\n"
+    assert result.stdout == "left to run: 7 or more; the same command goes on with them\n"
 
 
 def test_quick_form_runs_a_cell_of_each_kind_and_skips_what_is_recorded(tmp_path):
