@@ -99,12 +99,24 @@ def _build_evaluate(
     test_parts = list(range(task.test.num_clients))
     if not settings["eval_train"]:
         return lambda weights: fed_eval(weights, test_parts)
-    # The loss that is trained on, and not the metric of this name, which is per symbol for texts.
-    objective = {"loss": lambda: tf.keras.metrics.MeanMetricWrapper(task.loss.call, name="loss")}
-    train_model = dataclasses.replace(task, metrics=objective).build_model(settings["seed"])
+    train_model = dataclasses.replace(task, metrics={"loss": lambda: objective(task.loss)}).build_model(
+        settings["seed"]
+    )
     train_eval = tff_fedavg.build_fed_eval(train_model, task.train)
     clients = sorted(range(task.train.num_clients), key=lambda k: -task.train.num_examples[k])
     return lambda weights: {**fed_eval(weights, test_parts), "train_loss": train_eval(weights, clients)["loss"]}
+
+
+def objective(loss: tf.keras.losses.Loss) -> tf.keras.metrics.Metric:
+    """Returns f(w) (Equation 1), the mean over the examples of the loss that is trained on, as a metric.
+
+    The metric "loss" of a task of texts is another one: it is per symbol, and not per line.
+    """
+
+    def losses(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+        return loss.call(tf.cast(labels, tf.int32), logits)  # Keras hands the labels to a metric as float32.
+
+    return tf.keras.metrics.MeanMetricWrapper(losses, name="loss")
 
 
 def _build_process(

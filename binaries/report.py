@@ -51,6 +51,7 @@ _RUN_HEADER = (
     "date",
     "",
 )
+_SUMMARY_HEADER = ("task", "partition", "run", "median ratio", "largest speed-up, paper", "here")
 _CURVE_HEADER = ("panel", "curve", "η", "at", "here", "paper")
 
 
@@ -130,7 +131,35 @@ def _table_section(number: int, grids: Sequence[Grid], results_dir: pathlib.Path
         for row in measured
     }
     lines = _markdown(_RUN_HEADER, (_details(row, measured[row], speedups[row], results_dir) for row in measured))
-    return f"## {_TITLES[number]}\n\nRounds, as paper → here.\n\n{_as_printed(printed)}\n\n{lines}"
+    parts = (
+        f"## {_TITLES[number]}",
+        "Rounds, as paper → here.",
+        _as_printed(printed),
+        _summary(measured, speedups),
+        lines,
+    )
+    return "\n\n".join(parts)
+
+
+def _summary(measured: dict[Row, _Measured], speedups: dict[Row, tuple[float | None, float | None]]) -> str:
+    """Returns, for each task and partition of a table, the median ratio and the largest speed-ups."""
+    groups = {}
+    for row in measured:
+        groups.setdefault((row.cell.task, row.cell.partition), []).append(row)
+    lines = []
+    for group, rows in groups.items():
+        run = [row for row in rows if measured[row].run is not None]
+        ratios = [measured[row].rounds / row.rounds for row in run if measured[row].rounds and row.rounds]
+        largest = (max((speedups[row][i] or 0.0 for row in rows), default=0.0) for i in (0, 1))
+        lines.append(
+            (
+                *group,
+                f"{len(run)} of {len(rows)}",
+                f"{np.median(ratios):.2f}" if ratios else "",
+                *(_times(speedup or None) for speedup in largest),
+            )
+        )
+    return _markdown(_SUMMARY_HEADER, lines)
 
 
 def _as_printed(printed: dict[Row, str]) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from absl import flags
 
 import tasks
-from binaries import figure_1, plan, pool, program
+from binaries import execution, figure_1, plan, pool, program
 
 _TABLE = flags.DEFINE_multi_integer(
     "table", [], "A table of the paper, 1 to 4; may be given several times.", lower_bound=1, upper_bound=4
@@ -106,7 +106,7 @@ def _listing(panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pat
         state, rounds = "not run", ""
         if found:
             best = min(found, key=lambda run: grid.rank(found[run], run.learning_rate))
-            state = f"{len(found)} rates, best {best.learning_rate:g}" + ("" if wanted else ": done")
+            state = f"rates run: {len(found)}, best {best.learning_rate:g}" + ("" if wanted else ": done")
             rounds = found[best]["rounds_to_target"]
             rounds = "-" if rounds is None else f"{rounds:.1f}"
         seconds = f"{sum(outcome['training_seconds'] for outcome in found.values()):.0f}" if found else ""
@@ -136,8 +136,6 @@ def _run(panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pathlib
                 if run.name not in running:
                     yield run.name, functools.partial(execution.execute, run, results_dir, *directories)
 
-    from binaries import execution
-
     printed_at = time.monotonic()
     try:
         with pool.Pool() as processes:
@@ -156,7 +154,7 @@ def _run(panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pathlib
     except KeyboardInterrupt as e:
         raise KeyboardInterrupt("interrupted; the same command goes on from the saved states") from e
     left = len(list(waiting({})))
-    print(f"{left} runs are left: the same command goes on with them" if left else "nothing is left to run")
+    print(f"left to run: {left} or more; the same command goes on with them" if left else "nothing is left to run")
 
 
 if __name__ == "__main__":

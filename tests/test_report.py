@@ -87,6 +87,13 @@ def test_row_within_a_quarter_of_the_paper_is_not_marked(results_dir):
     assert row[11] == ""
 
 
+def test_table_is_summed_up_by_its_median_ratio_and_largest_speedup(results_dir):
+    # The ratios are 50 / 92 and 1500 / 1468; the paper's largest is 1468 / 32.
+    summary = cells(results_dir, "mnist_2nn | iid", "## Table 4")
+    assert summary == ["mnist_2nn", "iid", "2 of 9", "0.78", "45.9x", "30.0x"]
+    assert cells(results_dir, "mnist_2nn | pathological", "## Table 4")[2:] == ["0 of 9", "", "3.7x", ""]
+
+
 def test_same_run_is_shown_in_every_table_that_has_its_cell(results_dir):
     assert cells(results_dir, FED_AVG.name, "## Table 1")[2:5] == ["87", "50.0", "**0.57**"]
 

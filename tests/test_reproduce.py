@@ -13,6 +13,7 @@ import pytest
 
 from binaries import execution, experiment, figure_1, plan
 from binaries.published import Cell
+from tff_fedavg.masked import MaskedCrossentropy
 from tff_fedavg.training import DivergedError, Progress
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -193,6 +194,16 @@ def test_mixture_of_models_is_theirs_at_the_ends_and_linear_between():
     assert (len(figure_1.THETAS), figure_1.THETAS[0], figure_1.THETAS[-1]) == (50, -0.2, 1.2)
 
 
+def test_training_loss_is_the_mean_over_the_lines_of_what_is_trained_on():
+    """A line's loss is a sum over its symbols, divided by the unroll: here 5; 9 is padding."""
+    logits = np.zeros([3, 4, 10], np.float32)  # ln 10 a symbol.
+    labels = np.array([[1, 2, 3, 4], [5, 9, 9, 9], [6, 7, 9, 9]])
+    metric = experiment.objective(MaskedCrossentropy(9, 5))
+    metric.update_state(labels[:2], logits[:2])
+    metric.update_state(labels[2:], logits[2:])
+    assert metric.result().numpy() == pytest.approx(np.log(10) * (4 + 1 + 2) / 5 / 3, rel=1e-6)
+
+
 def reproduce(*flags, timeout=300):
     command = [sys.executable, "-m", "binaries.reproduce", *flags]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=timeout)
@@ -229,14 +240,14 @@ def test_list_shows_the_state_of_each_cell(tmp_path):
         "mnist_2nn-iid-C0.1-E20-B10",
         "mnist_2nn-pathological-C0.1-E20-B10",
     ]
-    assert " ".join(lines[0].split()[1:]) == "3 rates, best 0.1: done 50.0 3 0"
+    assert " ".join(lines[0].split()[1:]) == "rates run: 3, best 0.1: done 50.0 3 0"
     assert lines[1].split()[1:3] == ["not", "run"]
 
 
 def test_budget_that_is_used_up_ends_with_what_is_left(tmp_path):
     result = reproduce("--table=3", "--budget_hours=0", f"--results_dir={tmp_path}")
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == "7 runs are left: the same command goes on with them\n"
+    assert result.stdout == "left to run: 7 or more; the same command goes on with them\n"
 
 
 def test_quick_form_runs_a_cell_of_each_kind_and_skips_what_is_recorded(tmp_path):
