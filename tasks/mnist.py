@@ -34,7 +34,13 @@ _WRITERS_FILE = "qmnist-train-labels-idx2-int"
 _WRITERS_COLUMN = 2
 _NUM_CLIENTS = 100
 
-_KERAS_MODELS = {"mnist_2nn": models.mnist_2nn, "mnist_cnn": models.mnist_cnn}
+# "tutorial": with the initial weights of TensorFlow's tutorial of 2016.
+_KERAS_MODELS = {
+    "mnist_2nn": models.mnist_2nn,
+    "mnist_cnn": models.mnist_cnn,
+    "mnist_2nn_tutorial": functools.partial(models.mnist_2nn, tutorial_values=True),
+    "mnist_cnn_tutorial": functools.partial(models.mnist_cnn, tutorial_values=True),
+}
 _TARGETS = {
     ("mnist_2nn", "mnist"): 0.97,
     ("mnist_cnn", "mnist"): 0.99,
@@ -57,7 +63,7 @@ def build_task(
     clients: int | None,
     seed: int,
 ) -> Task:
-    """Builds the task "mnist_2nn" or "mnist_cnn".
+    """Builds the task "mnist_2nn", "mnist_cnn", "mnist_2nn_tutorial" or "mnist_cnn_tutorial".
 
     Args:
       name: The name of the task.
@@ -114,7 +120,7 @@ def build_task(
         ),
         keras_model_fn=_KERAS_MODELS[name],
         **CLASSIFICATION,
-        target_accuracy=_TARGETS[name, data],
+        target_accuracy=_TARGETS[name.removesuffix("_tutorial"), data],
         label_names=lambda: [str(digit) for digit in range(10)],
         checksums=checksums,
     )
