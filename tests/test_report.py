@@ -114,13 +114,17 @@ def test_what_was_not_run_is_said_to_be_so_and_not_estimated(results_dir):
     assert "## Figure 9: test accuracy on CIFAR-10 over gradient computations, B = 50\n\nnot run" in text
 
 
-def test_grid_that_is_not_finished_and_a_target_that_was_not_reached_are_said(results_dir, tmp_path):
+@pytest.mark.parametrize("explanations, said", [({}, "open"), ({FED_AVG.name: "an explanation"}, "an explanation")])
+def test_grid_that_is_not_finished_and_a_target_that_was_not_reached_are_said(
+    tmp_path, monkeypatch, explanations, said
+):
+    monkeypatch.setattr(published, "explanations", lambda: explanations)
     run = grid_of(FED_AVG, 4).run(0.1)
     record(tmp_path, run, [(0, 0.1, ""), (138, 0.961, "")], ended="cap")
     report.write(tmp_path)
     row = cells(tmp_path, FED_AVG.name, "## Table 4")
     assert row[3:5] == ["not in 138 rounds (0.9610)", "**-**"]
-    assert row[11] == "open; the grid is not finished"
+    assert row[11] == f"{said}; the grid is not finished"
 
 
 def test_figures_are_drawn_and_compared_where_the_measured_curve_ends(results_dir):
