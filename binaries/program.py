@@ -38,6 +38,8 @@ def run(name: str, main: Callable[[], None]) -> None:
             raise
         _fail(name, first_line(e), _FAILED)
     finally:
+        if "tensorflow_federated" in sys.modules:
+            import tff_fedavg.runtime  # noqa: F401  It keeps TFF from printing an error at the exit.
         gc.freeze()  # Python's last collections would take a second or two on what TensorFlow has imported.
 
 
