@@ -29,6 +29,7 @@ from absl import flags, logging
 
 import tasks
 from binaries import program
+from tff_fedavg.replacement import replacement
 
 _TASKS = flags.DEFINE_list(
     "tasks", ["mnist_2nn", "mnist_cnn", "shakespeare_lstm", "stackoverflow_lstm", "cifar_cnn"], "The tasks to measure."
@@ -243,13 +244,11 @@ def _print(rows: list[Row]) -> None:
 
 
 def _write(rows: list[Row], path: pathlib.Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", newline="") as file:
+    with replacement(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Row._fields)
         for row in rows:
             writer.writerow([f"{value:.4g}" if isinstance(value, float) else value for value in row])
-    temporary.replace(path)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from binaries.plan import SLOWER, Run, read_outcome
 from binaries.program import first_line
 from tff_fedavg import learning_curve
+from tff_fedavg.replacement import replacement
 
 
 class _GivenUpError(Exception):
@@ -47,9 +48,8 @@ def execute(run: Run, results_dir: pathlib.Path, data_dir: str, cache_dir: str, 
     except _GivenUpError:
         ended = "slower"
     outcome = _outcome(run, directory, ended)
-    temporary = directory / "outcome.tmp"
-    temporary.write_text(json.dumps(outcome, indent=2) + "\n")
-    temporary.replace(directory / "outcome.json")
+    with replacement(directory / "outcome.json") as temporary:
+        temporary.write_text(json.dumps(outcome, indent=2) + "\n")
     reached = outcome["rounds_to_target"]
     return (
         f"{outcome['rounds']} rounds, best accuracy {outcome['best_accuracy']:.4f}"

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from tff_fedavg.replacement import replacement
+
 # The seeds of w_0 for the two parents, by panel.
 PANELS = {"independent": (0, 1), "shared": (0, 0)}
 THETAS = np.linspace(-0.2, 1.2, 50)
@@ -80,10 +82,8 @@ def execute(
             say(f"theta {theta:.2f}, loss {losses[-1]:.4f}")
     path = _path(results_dir, panel)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", newline="") as file:
+    with replacement(path) as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows([_FIELDS, *zip(THETAS.round(6).tolist(), losses)])
-    temporary.replace(path)
     best = int(np.argmin(losses))
     return f"lowest loss {losses[best]:.4f} at theta {THETAS[best]:.2f}, highest {max(losses):.4f}"
 

@@ -1,7 +1,6 @@
 """Pictures of a federated data set, for programs and notebooks."""
 
 import os
-import pathlib
 import textwrap
 
 import matplotlib.figure
@@ -9,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from tasks.task import Task
+from tff_fedavg.replacement import replacement
 
 _BINS = 40
 _SHOWN_CLIENTS = 40
@@ -90,9 +90,8 @@ def clients(task: Task) -> matplotlib.figure.Figure:
 
 def save(figure: matplotlib.figure.Figure, path: str | os.PathLike[str]) -> None:
     """Writes a figure as PNG; the file is replaced in one step."""
-    temporary = pathlib.Path(path).with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    temporary.replace(path)
+    with replacement(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
 
 def _title(task: Task) -> str:

@@ -14,6 +14,7 @@ from binaries import figure_1, plan, published
 from binaries.plan import Curve, Figure, Grid, Run
 from binaries.published import Row
 from tff_fedavg import learning_curve
+from tff_fedavg.replacement import replacement
 
 _TOLERANCE = 0.25  # Rounds that differ by more are marked. The paper's own repeats of a cell differ by as much.
 _NOT_RUN = "not run"
@@ -71,9 +72,8 @@ def write(results_dir: pathlib.Path, shrunk: bool = False) -> pathlib.Path:
     sections.append(_figure_1_section(results_dir))
     sections += [_figure_section(number, figure, results_dir) for number, figure in plan.figures(shrunk).items()]
     path = results_dir / "RESULTS.md"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("\n\n".join(sections) + "\n")
-    temporary.replace(path)
+    with replacement(path) as temporary:
+        temporary.write_text("\n\n".join(sections) + "\n")
     return path
 
 
@@ -341,9 +341,8 @@ def _draw(axes, label: str, points: Sequence[tuple[float, float]], color: str, p
 def _save(figure: matplotlib.figure.Figure, results_dir: pathlib.Path, number: int) -> str:
     """Writes the picture of a figure; returns its path, relative to RESULTS.md."""
     path = results_dir / "figures" / f"figure_{number}.png"
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=100)
-    temporary.replace(path)
+    with replacement(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
     return f"figures/{path.name}"
 
 

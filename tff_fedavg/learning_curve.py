@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tff_fedavg.replacement import replacement
+
 ROUND_FIELD = "round_num"
 ACCURACY_FIELD = "evaluation/accuracy"
 
@@ -87,6 +89,5 @@ def plot(
     axes.set(xlabel="communication rounds", ylabel="test accuracy", title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    temporary = pathlib.Path(path).with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    temporary.replace(path)
+    with replacement(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)

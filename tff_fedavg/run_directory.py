@@ -9,6 +9,8 @@ import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from tff_fedavg.replacement import replacement
+
 _PACKAGES = ("tensorflow", "tensorflow-federated", "keras", "numpy", "jaxlib")
 
 
@@ -78,10 +80,9 @@ class RunDirectory:
             "data_checksums": dict(checksums),
             "versions": {"python": sys.version.split()[0], **versions},
         }
-        temporary = self._config_json.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(config, indent=2) + "\n")
-            temporary.replace(self._config_json)
+            with replacement(self._config_json) as temporary:
+                temporary.write_text(json.dumps(config, indent=2) + "\n")
         except OSError as e:
             raise ValueError(f"{self._config_json} cannot be written: {e.strerror}") from e
 
