@@ -15,8 +15,8 @@ from tff_fedavg import learning_curve, training
 from tff_fedavg.run_directory import RunDirectory
 from tff_fedavg.sampling import num_sampled_clients
 
-# Settings that say when to stop, not what the run computes.
-_MAY_DIFFER = ("rounds", "target_accuracy")
+# Settings that say when to stop and to look, not what the run computes.
+_MAY_DIFFER = ("rounds", "target_accuracy", "eval_every")
 # Updates of SGD between two lines of metrics and of progress: a second or a few.
 _UPDATES_PER_CALL = 20
 
