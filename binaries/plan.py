@@ -78,18 +78,19 @@ class Grid:
 
     def progress(self, results_dir: pathlib.Path) -> tuple[list["Run"], list["Run"]]:
         """Returns the finished runs of the grid, and those that are to be run next; there are none when it is done."""
+        centre = self.rates[0]  # Known to be good.
         rates = sorted(self.rates)
         while True:
             outcomes = {rate: self.run(rate).outcome(results_dir) for rate in rates}
             done = [rate for rate in rates if self._is_done(outcomes[rate])]
             wanted = [rate for rate in rates if rate not in done]
             if not wanted and self.extends:
-                best = min(rates, key=lambda rate: self.rank(outcomes[rate], rate))
+                # Of equal rates the one nearest to the first: no grid goes on where nothing changes any more.
+                best = min(rates, key=lambda rate: (self.rank(outcomes[rate], rate), abs(math.log(rate / centre))))
                 if best in (rates[0], rates[-1]):
                     rates = sorted([*rates, _neighbour(best, 2 if best == rates[-1] else -2)])
                     continue
-            # The first rate of the grid is known to be good: against it others are given up.
-            wanted.sort(key=lambda rate: rate != self.rates[0])
+            wanted.sort(key=lambda rate: rate != centre)  # Against it others are given up.
             return [self.run(rate) for rate in done], [self.run(rate) for rate in wanted]
 
     def rank(self, outcome: Mapping[str, Any], rate: float) -> tuple[int, float]:

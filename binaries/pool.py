@@ -25,6 +25,21 @@ _PR_SET_PDEATHSIG = 1  # From <linux/prctl.h>.
 Job = Callable[[Callable[[str], None]], str]
 
 
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """A job that has ended.
+
+    Attributes:
+      name: Its name.
+      outcome: What came of it, or why it failed: one line.
+      failed: Whether it has raised an error, or its process died.
+    """
+
+    name: str
+    outcome: str
+    failed: bool
+
+
 @dataclasses.dataclass
 class _Process:
     process: multiprocessing.Process
@@ -70,45 +85,38 @@ class Pool:
         self._running[worker.connection] = worker
         worker.connection.send(job)
 
-    def wait(self, seconds: float) -> list[tuple[str, str]]:
-        """Waits until a job ends; returns those that have ended, with what came of them.
+    def wait(self, seconds: float) -> list[Ended]:
+        """Waits until a job ends; returns those that have ended.
 
         Args:
           seconds: Waits so long at most.
-
-        Raises:
-          RuntimeError: If a job has failed, or its process died.
         """
         ended = []
         until = time.monotonic() + seconds
         while not ended and (ready := multiprocessing.connection.wait(self._running, until - time.monotonic())):
-            ended = [outcome for connection in ready if (outcome := self._receive(connection))]
+            ended = [job for connection in ready if (job := self._receive(connection))]
         return ended
 
-    def _receive(self, connection: multiprocessing.connection.Connection) -> tuple[str, str] | None:
-        """Takes a message of a job; returns its name and outcome if it has ended."""
+    def _receive(self, connection: multiprocessing.connection.Connection) -> Ended | None:
+        """Takes a message of a job; returns what it says of its end."""
         worker = self._running[connection]
         try:
             kind, message = connection.recv()
         except EOFError:
             worker.process.join()
-            raise RuntimeError(
-                f"{worker.name}: its process died with exit status {worker.process.exitcode}, maybe for lack of "
-                "memory; the same command goes on from the saved state"
-            ) from None
+            kind = "died"
+            message = f"its process died with exit status {worker.process.exitcode}, maybe for lack of memory"
         if kind == "says":
             worker.message = message
             return None
         del self._running[connection]
-        if worker.jobs < _JOBS_PER_PROCESS:
+        if kind != "died" and worker.jobs < _JOBS_PER_PROCESS:
             self._idle.append(worker)
         else:
             worker.process.terminate()
             worker.process.join()
             self._free_cores.append(worker.core)
-        if kind == "failed":
-            raise RuntimeError(f"{worker.name}: {message}")
-        return worker.name, message
+        return Ended(worker.name, message, failed=kind != "ended")
 
 
 def _start(core: int) -> _Process:

@@ -12,8 +12,9 @@ import fnmatch
 import functools
 import os
 import pathlib
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import flags
 
@@ -121,40 +122,57 @@ def _title(grid: plan.Grid) -> str:
 
 
 def _run(panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pathlib.Path) -> None:
-    directories = [os.path.expanduser(flag.value) for flag in (_DATA_DIR, _CACHE_DIR)]
     deadline = time.monotonic() + 3600 * _BUDGET_HOURS.value if _BUDGET_HOURS.value is not None else float("inf")
-    mnist = tasks.TASKS["mnist_2nn"]
-    data = mnist.embedded if _QUICK.value else mnist.data[0]
-
-    def waiting(running):
-        for panel in panels:
-            if figure_1.name(panel) not in running and not figure_1.read(results_dir, panel):
-                job = functools.partial(figure_1.execute, panel, data, results_dir, *directories)
-                yield figure_1.name(panel), job
-        for grid in grids:
-            for run in grid.progress(results_dir)[1]:
-                if run.name not in running:
-                    yield run.name, functools.partial(execution.execute, run, results_dir, *directories)
-
-    printed_at = time.monotonic()
+    failed = set()  # Tasks, or Figure 1: what one of its runs lacks, the others would too.
+    printed, printed_at = {}, time.monotonic()
     try:
         with pool.Pool() as processes:
             while time.monotonic() < deadline:
-                while processes.has_room and (job := next(waiting(processes.running), None)):
-                    processes.submit(*job)
+                for name, job in _jobs(panels, grids, results_dir):
+                    if not processes.has_room:
+                        break
+                    if name not in processes.running and _task(name) not in failed:
+                        processes.submit(name, job)
                 if not processes.running:
                     break
                 now = time.monotonic()
-                for name, outcome in processes.wait(min(printed_at + _SECONDS_BETWEEN_LINES, deadline) - now):
-                    print(f"{name}: {outcome}", flush=True)
+                for ended in processes.wait(min(printed_at + _SECONDS_BETWEEN_LINES, deadline) - now):
+                    if ended.failed:
+                        failed.add(_task(ended.name))
+                        print(f"reproduce: {ended.name}: {ended.outcome}", file=sys.stderr, flush=True)
+                    else:
+                        print(f"{ended.name}: {ended.outcome}", flush=True)
                 if time.monotonic() - printed_at >= _SECONDS_BETWEEN_LINES:
-                    printed_at = time.monotonic()
-                    for name, message in processes.running.items():
-                        print(f"    {name}: {message}", flush=True)
+                    said = processes.running
+                    for name in [name for name in said if said[name] != printed.get(name)]:
+                        print(f"    {name}: {said[name]}", flush=True)
+                    printed, printed_at = said, time.monotonic()
     except KeyboardInterrupt as e:
         raise KeyboardInterrupt("interrupted; the same command goes on from the saved states") from e
-    left = len(list(waiting({})))
+    left = len(list(_jobs(panels, grids, results_dir)))
     print(f"left to run: {left} or more; the same command goes on with them" if left else "nothing is left to run")
+    if failed:
+        raise RuntimeError(f"{', '.join(sorted(failed))}: left out after an error, which is above")
+
+
+def _jobs(
+    panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pathlib.Path
+) -> Iterator[tuple[str, pool.Job]]:
+    """Yields what is not done yet, by name; it may be running."""
+    directories = [os.path.expanduser(flag.value) for flag in (_DATA_DIR, _CACHE_DIR)]
+    mnist = tasks.TASKS["mnist_2nn"]
+    data = mnist.embedded if _QUICK.value else mnist.data[0]
+    for panel in panels:
+        if not figure_1.read(results_dir, panel):
+            yield figure_1.name(panel), functools.partial(figure_1.execute, panel, data, results_dir, *directories)
+    for grid in grids:
+        for run in grid.progress(results_dir)[1]:
+            yield run.name, functools.partial(execution.execute, run, results_dir, *directories)
+
+
+def _task(name: str) -> str:
+    """Returns the task of a run, "figure_1" of its panels."""
+    return name.split("-")[0]
 
 
 if __name__ == "__main__":

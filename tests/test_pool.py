@@ -6,9 +6,10 @@ import pathlib
 import time
 
 import psutil
-import pytest
 
 from binaries import pool
+
+CORES = os.sched_getaffinity(0)
 
 
 def sleep_and_save(path, say):
@@ -37,9 +38,10 @@ def test_processes_are_kept_from_job_to_job_and_have_a_core_each():
         for i in range(3):
             processes.submit(f"job {i}", pid)
             outcomes += processes.wait(60)
-    assert [name for name, _ in outcomes] == ["job 0", "job 1", "job 2"]
-    assert len({outcome for _, outcome in outcomes}) == 1
-    assert outcomes[0][1].endswith(" on 1 core")
+    assert [ended.name for ended in outcomes] == ["job 0", "job 1", "job 2"]
+    assert len({ended.outcome for ended in outcomes}) == 1
+    assert outcomes[0].outcome.endswith(" on 1 core")
+    assert not any(ended.failed for ended in outcomes)
 
 
 def test_process_is_replaced_before_what_its_jobs_leave_in_memory_adds_up(monkeypatch):
@@ -48,7 +50,7 @@ def test_process_is_replaced_before_what_its_jobs_leave_in_memory_adds_up(monkey
     with pool.Pool() as processes:
         for i in range(3):
             processes.submit(f"job {i}", pid)
-            outcomes += [outcome for _, outcome in processes.wait(60)]
+            outcomes += [ended.outcome for ended in processes.wait(60)]
     assert outcomes[0] == outcomes[1] != outcomes[2]
 
 
@@ -62,11 +64,15 @@ def test_end_of_the_pool_lets_the_jobs_save_and_leaves_no_process(tmp_path):
     assert not any("spawn_main" in " ".join(child.cmdline()) for child in children if child.is_running())
 
 
-def test_job_that_fails_or_whose_process_dies_is_told_by_name():
+def test_job_that_fails_or_whose_process_dies_is_told_and_frees_its_core(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {min(CORES)})
+    outcomes = []
     with pool.Pool() as processes:
-        processes.submit("bad", fail)
-        with pytest.raises(RuntimeError, match="^bad: no data: get them$"):
-            processes.wait(60)
-        processes.submit("dead", die)
-        with pytest.raises(RuntimeError, match="^dead: its process died with exit status 7, .* goes on"):
-            processes.wait(60)
+        for name, job in (("bad", fail), ("dead", die), ("good", pid)):
+            processes.submit(name, job)
+            assert not processes.has_room
+            outcomes += processes.wait(60)
+            assert processes.has_room
+    assert [ended.failed for ended in outcomes] == [True, True, False]
+    assert outcomes[0] == pool.Ended("bad", "no data: get them", failed=True)
+    assert outcomes[1].outcome == "its process died with exit status 7, maybe for lack of memory"

@@ -122,6 +122,13 @@ def test_rate_that_diverged_is_a_result_and_the_worst_one(tmp_path):
     assert [run.learning_rate for run in grid.progress(tmp_path)[1]] == [0.0215]
 
 
+def test_grid_ends_where_its_rates_make_no_difference(tmp_path):
+    grid = grid_of(CELL, 1)
+    for rate in (0.1, 0.0464, 0.215):
+        record(tmp_path, grid.run(rate), None, ended="cap", best_accuracy=0.1, rounds=138)
+    assert grid.progress(tmp_path)[1] == []
+
+
 def test_run_that_stopped_early_is_wanted_again_for_more_rounds(tmp_path):
     grid = grid_of(CELL, 1)
     record(tmp_path, grid.run(0.1), None, ended="cap", best_accuracy=0.9, rounds=30)
@@ -248,6 +255,22 @@ def test_budget_that_is_used_up_ends_with_what_is_left(tmp_path):
     result = reproduce("--table=3", "--budget_hours=0", f"--results_dir={tmp_path}")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == "left to run: 7 or more; the same command goes on with them\n"
+
+
+def test_error_of_a_run_leaves_out_its_task_and_the_others_are_run(tmp_path):
+    damaged = tmp_path / "runs" / "mnist_2nn-iid-C0.1-E1-B10" / "eta0.1" / "config.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("{")
+    flags = ["--quick", "--table=4", "--figure=8", "--rows=mnist_2nn-*-E?-B10,mnist_cnn-iid-C0.1-E1-B10"]
+    result = reproduce(*flags, f"--results_dir={tmp_path}", f"--cache_dir={tmp_path / 'cache'}")
+    assert result.returncode == 2
+    first, last = result.stderr.splitlines()
+    assert first == (
+        f"reproduce: mnist_2nn-iid-C0.1-E1-B10/eta0.1: {damaged} is damaged: give another run_dir, or remove this one"
+    )
+    assert last == "reproduce: mnist_2nn: left out after an error, which is above"
+    assert "mnist_cnn-iid-C0.1-E1-B10/eta0.215-train_loss: 2 rounds" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("left to run: ")
 
 
 def test_quick_form_runs_a_cell_of_each_kind_and_skips_what_is_recorded(tmp_path):
