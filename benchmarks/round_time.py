@@ -36,8 +36,8 @@ _TASKS = flags.DEFINE_list(
 )
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed rounds of each system.", lower_bound=1)
 _QUICK = flags.DEFINE_bool("quick", False, "Embedded data, 2 clients, one round: only shows that all of it runs.")
-_DATA_DIR = flags.DEFINE_string("data_dir", "~/.cache/tff_fedavg/data", "As for binaries.train.")
-_CACHE_DIR = flags.DEFINE_string("cache_dir", "~/.cache/tff_fedavg/clients", "As for binaries.train.")
+_DATA_DIR = flags.DEFINE_string("data_dir", tasks.DATA_DIR, "As for binaries.train.")
+_CACHE_DIR = flags.DEFINE_string("cache_dir", tasks.CACHE_DIR, "As for binaries.train.")
 _OUTPUT = flags.DEFINE_string("output", None, "A CSV file for the figures.")
 
 _BATCH_SIZES = {"cifar_cnn": 50, "stackoverflow_lstm": 8}
@@ -264,8 +264,8 @@ def main() -> None:
             Settings(
                 task=name,
                 data=entry.embedded if _QUICK.value else entry.data[0],
-                data_dir=os.path.expanduser(_DATA_DIR.value),
-                cache_dir=os.path.expanduser(_CACHE_DIR.value),
+                data_dir=_DATA_DIR.value,
+                cache_dir=_CACHE_DIR.value,
                 clients=2 if _QUICK.value else 10,
                 repeats=1 if _QUICK.value else _REPEATS.value,
                 numbers_of_clients=(1, 2) if _QUICK.value else (1, 10, 100, 1000),

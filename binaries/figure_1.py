@@ -39,13 +39,13 @@ def mix(w: Sequence[np.ndarray], v: Sequence[np.ndarray], theta: float) -> list[
 
 
 def execute(
-    panel: str, data: str, results_dir: pathlib.Path, data_dir: str, cache_dir: str, say: Callable[[str], None]
+    panel: str, data: str | None, results_dir: pathlib.Path, data_dir: str, cache_dir: str, say: Callable[[str], None]
 ) -> str:
     """Trains the parents of a panel, and writes the losses of their mixtures to losses.csv.
 
     Args:
       panel: One of `PANELS`.
-      data: Data source of the task mnist_2nn.
+      data: Data source of the task mnist_2nn; None is the paper's.
       results_dir: Where the results are.
       data_dir: As the flag of `binaries.train`.
       cache_dir: As that flag.
@@ -64,9 +64,7 @@ def execute(
     import tff_fedavg
 
     with tff_fedavg.local_worker():
-        task = tasks.build_task(
-            "mnist_2nn", data=data, data_dir=data_dir, cache_dir=cache_dir, partition="iid", clients=None, seed=0
-        )
+        task = tasks.build_task("mnist_2nn", data=data, data_dir=data_dir, cache_dir=cache_dir, partition="iid")
         parents = []
         for client, seed in enumerate(PANELS[panel]):
             model = task.build_model(seed)

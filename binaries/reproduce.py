@@ -45,8 +45,8 @@ _QUICK = flags.DEFINE_boolean(
     "into --results_dir, by default results-quick.",
 )
 _RESULTS_DIR = flags.DEFINE_string("results_dir", None, "Where the results are; by default results.")
-_DATA_DIR = flags.DEFINE_string("data_dir", "~/.cache/tff_fedavg/data", "As for binaries.train.")
-_CACHE_DIR = flags.DEFINE_string("cache_dir", "~/.cache/tff_fedavg/clients", "As for binaries.train.")
+_DATA_DIR = flags.DEFINE_string("data_dir", tasks.DATA_DIR, "As for binaries.train.")
+_CACHE_DIR = flags.DEFINE_string("cache_dir", tasks.CACHE_DIR, "As for binaries.train.")
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -159,9 +159,8 @@ def _jobs(
     panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pathlib.Path
 ) -> Iterator[tuple[str, pool.Job]]:
     """Yields what is not done yet, by name; it may be running."""
-    directories = [os.path.expanduser(flag.value) for flag in (_DATA_DIR, _CACHE_DIR)]
-    mnist = tasks.TASKS["mnist_2nn"]
-    data = mnist.embedded if _QUICK.value else mnist.data[0]
+    directories = (_DATA_DIR.value, _CACHE_DIR.value)
+    data = "embedded" if _QUICK.value else None
     for panel in panels:
         if not figure_1.read(results_dir, panel):
             yield figure_1.name(panel), functools.partial(figure_1.execute, panel, data, results_dir, *directories)

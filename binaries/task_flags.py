@@ -1,6 +1,5 @@
 """The flags that choose a task, its data and its partition."""
 
-import os
 from typing import Any
 
 from absl import flags
@@ -14,10 +13,8 @@ _DATA = flags.DEFINE_string(
     "Data source of the task, such as mnist or mnist5k; embedded is the one that comes with the packages. By default "
     "the paper's own.",
 )
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir", "~/.cache/tff_fedavg/data", "Where the data are, or are kept after a download."
-)
-_CACHE_DIR = flags.DEFINE_string("cache_dir", "~/.cache/tff_fedavg/clients", "Where the client files are kept.")
+_DATA_DIR = flags.DEFINE_string("data_dir", tasks.DATA_DIR, "Where the data are, or are kept after a download.")
+_CACHE_DIR = flags.DEFINE_string("cache_dir", tasks.CACHE_DIR, "Where the client files are kept.")
 _PARTITION = flags.DEFINE_string(
     "partition",
     None,
@@ -35,22 +32,16 @@ def settings() -> dict[str, Any]:
     Raises:
       ValueError: If the task does not have such data or such a partition.
     """
-    entry = tasks.TASKS[_TASK.value]
-    if _DATA.value == "embedded" and entry.embedded is None:
-        raise ValueError(f"--data is embedded, but no package comes with data for {_TASK.value}: leave it out")
-    chosen = {
+    data, partition = tasks.choose(_TASK.value, _DATA.value, _PARTITION.value)
+    return {
         "task": _TASK.value,
-        "data": entry.embedded if _DATA.value == "embedded" else _DATA.value or entry.data[0],
-        "partition": _PARTITION.value or entry.partitions[0],
+        "data": data,
+        "partition": partition,
         "clients": _CLIENTS.value,
         "seed": _SEED.value,
     }
-    for name, values in (("data", entry.data), ("partition", entry.partitions)):
-        if chosen[name] not in values:
-            raise ValueError(f"--{name} is {chosen[name]}; {_TASK.value} takes {', '.join(values)}")
-    return chosen
 
 
 def directories() -> dict[str, str]:
     """Returns where the data and the client files are: `data_dir` and `cache_dir`."""
-    return {flag.name: os.path.expanduser(flag.value) for flag in (_DATA_DIR, _CACHE_DIR)}
+    return {flag.name: flag.value for flag in (_DATA_DIR, _CACHE_DIR)}

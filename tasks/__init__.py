@@ -5,7 +5,15 @@ This module knows the names only; TensorFlow is imported when a task is built.
 
 import dataclasses
 import importlib
-from typing import Any
+import os
+import pathlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tasks.task import Task
+
+DATA_DIR = "~/.cache/tff_fedavg/data"
+CACHE_DIR = "~/.cache/tff_fedavg/clients"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +92,70 @@ TASKS = {
 }
 
 
-def build_task(name: str, **settings: Any):
-    """Builds a task by name; `settings` are those of the `build_task` in its module."""
-    return importlib.import_module(TASKS[name].module).build_task(name, **settings)
+@dataclasses.dataclass(frozen=True)
+class TaskSettings:
+    """What the module of a task builds it from: the arguments of `build_task`, checked, with the defaults filled in."""
+
+    name: str
+    data: str
+    data_dir: pathlib.Path
+    cache_dir: pathlib.Path
+    partition: str
+    clients: int | None
+    seed: int
+
+
+def build_task(
+    name: str,
+    *,
+    data: str | None = None,
+    data_dir: str | os.PathLike[str] = DATA_DIR,
+    cache_dir: str | os.PathLike[str] = CACHE_DIR,
+    partition: str | None = None,
+    clients: int | None = None,
+    seed: int = 0,
+) -> "Task":
+    """Builds a task.
+
+    Args:
+      name: Name of the task, of `TASKS`. Its module says which files it takes, and what its partitions are.
+      data: The data source; "embedded" is the one that comes with the packages. By default the paper's own.
+      data_dir: Where the data are, or are kept after a download.
+      cache_dir: Where the client files are kept.
+      partition: How the examples are divided among the clients; by default the first of the task's.
+      clients: K, the number of clients; by default the paper's. None if the partition is a natural one.
+      seed: Seeds the partition.
+
+    Raises:
+      ValueError: If there is no such task, data source or partition, the data are missing or damaged, or the partition
+        does not fit them.
+    """
+    data, partition = choose(name, data, partition)
+    directories = (pathlib.Path(directory).expanduser() for directory in (data_dir, cache_dir))
+    module = importlib.import_module(TASKS[name].module)
+    return module.build_task(TaskSettings(name, data, *directories, partition, clients, seed))
+
+
+def choose(name: str, data: str | None, partition: str | None) -> tuple[str, str]:
+    """Returns the data source and the partition that are meant.
+
+    Args:
+      name: As for `build_task`.
+      data: As for `build_task`.
+      partition: As for `build_task`.
+
+    Raises:
+      ValueError: If there is no such task, data source or partition.
+    """
+    if name not in TASKS:
+        raise ValueError(f"task is {name!r}: take one of {', '.join(TASKS)}")
+    entry = TASKS[name]
+    if data == "embedded":
+        if entry.embedded is None:
+            raise ValueError(f"data is embedded, but no package comes with data for {name}: leave it out")
+        data = entry.embedded
+    chosen = {"data": data or entry.data[0], "partition": partition or entry.partitions[0]}
+    for argument, values in (("data", entry.data), ("partition", entry.partitions)):
+        if chosen[argument] not in values:
+            raise ValueError(f"{argument} is {chosen[argument]!r}: {name} takes {', '.join(values)}")
+    return chosen["data"], chosen["partition"]

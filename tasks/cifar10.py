@@ -12,7 +12,6 @@ import bz2
 import functools
 import gzip
 import lzma
-import os
 import pathlib
 import tarfile
 import zlib
@@ -21,6 +20,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import tensorflow as tf
 
+from tasks import TaskSettings
 from tasks.files import find_file, sha256
 from tasks.task import CLASSIFICATION, Task, cut_into_parts
 from tff_fedavg import models
@@ -47,35 +47,18 @@ _NUM_CLIENTS = 100
 _TARGET = 0.80
 
 
-def build_task(
-    name: str,
-    *,
-    data: str,
-    data_dir: str | os.PathLike[str],
-    cache_dir: str | os.PathLike[str],
-    partition: str,
-    clients: int | None,
-    seed: int,
-) -> Task:
+def build_task(settings: TaskSettings) -> Task:
     """Builds the task "cifar_cnn".
 
     Args:
-      name: The name of the task.
-      data: "cifar10".
-      data_dir: Where cifar-10-batches-bin or cifar-10-binary.tar (or .tar.gz, .tar.xz, .tar.bz2) is, or the archive is
-        kept after the download. They may be in the subdirectory "cifar10".
-      cache_dir: Where the client files are kept.
-      partition: "iid", the only one of the paper.
-      clients: K, by default 100.
-      seed: Seeds the partition.
+      settings: As for `tasks.build_task`. `data_dir` has cifar-10-batches-bin, or cifar-10-binary.tar (or .tar.gz,
+        .tar.xz, .tar.bz2), maybe in the subdirectory "cifar10". K is 100 by default.
 
     Raises:
       ValueError: If the data are missing or damaged, or the partition does not fit them.
     """
-    if partition != "iid":
-        raise ValueError(f"partition is {partition!r}, which CIFAR-10 does not have: it takes iid")
-    clients = clients or _NUM_CLIENTS
-    path = _find(pathlib.Path(data_dir))
+    clients = settings.clients or _NUM_CLIENTS
+    path = _find(settings.data_dir)
     files = sorted(path.glob("*.bin")) if path.is_dir() else [path]
     checksums = {file.name: sha256(file) for file in files}
 
@@ -85,20 +68,24 @@ def build_task(
 
     def train_clients() -> Iterator[Mapping[str, np.ndarray]]:
         train, _ = load_once()
-        return (_examples(train[indices]) for indices in iid(len(train), clients, seed))
+        return (_examples(train[indices]) for indices in iid(len(train), clients, settings.seed))
 
     def test_parts() -> Iterator[Mapping[str, np.ndarray]]:
         _, test = load_once()
         return cut_into_parts(_examples(test))
 
-    key = {"checksums": checksums, "partition": partition, "clients": clients, "seed": seed}
+    key = {"checksums": checksums, "partition": settings.partition, "clients": clients, "seed": settings.seed}
     return Task(
-        name=name,
+        name=settings.name,
         train=prepare_client_dataset(
-            cache_dir, {"name": f"{data}-{partition}", **key}, train_clients, _preprocess_train, num_clients=clients
+            settings.cache_dir,
+            {"name": f"{settings.data}-{settings.partition}", **key},
+            train_clients,
+            _preprocess_train,
+            num_clients=clients,
         ),
         test=prepare_client_dataset(
-            cache_dir, {"name": f"{data}-test", "checksums": checksums}, test_parts, _preprocess_test
+            settings.cache_dir, {"name": f"{settings.data}-test", "checksums": checksums}, test_parts, _preprocess_test
         ),
         keras_model_fn=models.cifar_cnn,
         **CLASSIFICATION,

@@ -12,7 +12,6 @@ LEAF made them from 8 bits, so nothing is lost. The model gets 0.0 for paper and
 
 import itertools
 import operator
-import os
 import pathlib
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tasks import tff_sqlite
+from tasks import TaskSettings, tff_sqlite
 from tasks.files import sha256
 from tasks.task import CLASSIFICATION, Task, cut_into_parts
 from tff_fedavg import models
@@ -57,65 +56,53 @@ _TARGETS = {
 Examples = Mapping[str, np.ndarray]
 
 
-def build_task(
-    name: str,
-    *,
-    data: str,
-    data_dir: str | os.PathLike[str],
-    cache_dir: str | os.PathLike[str],
-    partition: str,
-    clients: int | None,
-    seed: int,
-) -> Task:
+def build_task(settings: TaskSettings) -> Task:
     """Builds the task "emnist_2nn" or "emnist_cnn".
 
     Args:
-      name: The name of the task.
-      data: "digits", "all" or "synthetic".
-      data_dir: Where emnist_all.sqlite is, or is kept after the download. It may be in the subdirectory "emnist".
-      cache_dir: Where the client files are kept.
-      partition: "writer", or the training examples of all writers divided anew: "iid", "pathological",
-        "unbalanced_iid" or "unbalanced_pathological", which hold them in memory (up to 1.6 kB each). All have the same
-        test set, other characters of the same writers.
-      clients: K, by default 100; None for the partition by writer, which has as many clients as there are writers.
-      seed: Seeds the partition.
+      settings: As for `tasks.build_task`. `data_dir` has emnist_all.sqlite, maybe in the subdirectory "emnist". The
+        partition by writer has as many clients as there are writers. The others divide the training examples of all
+        writers anew, which they hold in memory (up to 1.6 kB each); K is 100 by default. All have the same test set,
+        other characters of the same writers.
 
     Raises:
       ValueError: If the data are missing or damaged, or the partition does not fit them.
     """
+    data, partition, clients = settings.data, settings.partition, settings.clients
     if partition == "writer":
         if clients is not None:
             raise ValueError(f"clients is {clients}, but partition=writer has one client per writer: leave it out")
     elif clients is None:
         clients = _NUM_CLIENTS
-    path, read_writers = _find_synthetic() if data == "synthetic" else _find_sqlite(data, data_dir)
+    path, read_writers = _find_synthetic() if data == "synthetic" else _find_sqlite(data, settings.data_dir)
     checksums = {path.name: sha256(path)}
 
     def train_clients() -> Iterable[Examples]:
         if partition == "writer":
             return read_writers("train")
         examples = _join(read_writers("train"))
-        return (_take(examples, indices) for indices in build_partition(partition, examples["label"], clients, seed))
+        parts = build_partition(partition, examples["label"], clients, settings.seed)
+        return (_take(examples, indices) for indices in parts)
 
     def test_parts() -> Iterable[Examples]:
         return cut_into_parts(_join(read_writers("test")))
 
-    train_key = {"partition": partition, "clients": clients, "seed": None if partition == "writer" else seed}
+    train_key = {"partition": partition, "clients": clients, "seed": None if partition == "writer" else settings.seed}
     return Task(
-        name=name,
+        name=settings.name,
         train=prepare_client_dataset(
-            cache_dir,
+            settings.cache_dir,
             {"name": f"emnist-{data}-{partition}", "checksums": checksums, **train_key},
             train_clients,
             _preprocess,
             num_clients=clients,
         ),
         test=prepare_client_dataset(
-            cache_dir, {"name": f"emnist-{data}-test", "checksums": checksums}, test_parts, _preprocess
+            settings.cache_dir, {"name": f"emnist-{data}-test", "checksums": checksums}, test_parts, _preprocess
         ),
-        keras_model_fn=lambda: _KERAS_MODELS[name](_NUM_CLASSES[data]),
+        keras_model_fn=lambda: _KERAS_MODELS[settings.name](_NUM_CLASSES[data]),
         **CLASSIFICATION,
-        target_accuracy=_TARGETS[name, data],
+        target_accuracy=_TARGETS[settings.name, data],
         label_names=lambda: list(_CLASSES[: _NUM_CLASSES[data]]),
         checksums=checksums,
     )
@@ -153,9 +140,7 @@ def _find_synthetic() -> tuple[pathlib.Path, Callable[[str], Iterator[Examples]]
     return pathlib.Path(emnist.__file__), read_writers
 
 
-def _find_sqlite(
-    data: str, data_dir: str | os.PathLike[str]
-) -> tuple[pathlib.Path, Callable[[str], Iterator[Examples]]]:
+def _find_sqlite(data: str, data_dir: pathlib.Path) -> tuple[pathlib.Path, Callable[[str], Iterator[Examples]]]:
     load_data = tff.simulation.datasets.emnist.load_data
     path = tff_sqlite.find_or_download(data_dir, "emnist", _TFF_FILE, load_data, instead="data=synthetic")
 

