@@ -135,7 +135,6 @@ def _work(connection: multiprocessing.connection.Connection, core: int) -> None:
     os.sched_setaffinity(0, {core})
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # However the program ends, this process does too.
     signal.signal(signal.SIGTERM, _stop)
-    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # It warns when the next job's TFF worker is started.
     while True:
         job = connection.recv()
         try:

@@ -116,6 +116,24 @@ except RuntimeError as e:
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_one_worker_after_the_other_prints_nothing():
+    program = """
+import tensorflow_federated as tff
+from tff_fedavg import local_worker
+
+@tff.tensorflow.computation
+def one():
+    return 1
+
+for _ in range(2):
+    with local_worker():
+        print(one())
+"""
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert (result.stdout, result.stderr) == ("1\n1\n", "")
+
+
 def test_clients_run_in_parallel_on_the_cores(worker):
     busy_clients = build_busy_clients()
     busy_clients([0.0, 0.0])

@@ -6,11 +6,11 @@ end. Here the kernel ends the worker with the program, however that ends.
 
 import atexit
 import contextlib
-import ctypes
 import os
 import pathlib
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -18,7 +18,13 @@ import grpc
 import portpicker
 import tensorflow_federated as tff
 
-_PR_SET_PDEATHSIG = 1  # From <linux/prctl.h>.
+# Has the kernel end the worker with the program, and becomes the worker. Not a `preexec_fn`, which is not safe beside
+# the threads of gRPC, and makes that print warnings. 1 is PR_SET_PDEATHSIG of <linux/prctl.h>.
+_BECOME_WORKER = f"""
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, {signal.SIGKILL:d})
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 _MAX_WORKER_STARTS = 3
 _MAX_MESSAGE_BYTES = 2**31 - 1  # The largest that protocol buffers and the worker take.
 
@@ -91,15 +97,16 @@ class _Worker:
     def _start(self):
         port = portpicker.pick_unused_port()
         binary = pathlib.Path(tff.__file__).parent / "data" / "worker_binary"
-        prctl = ctypes.CDLL(None).prctl
         self._process = subprocess.Popen(
-            [binary, f"--port={port}", f"--max_concurrent_computation_calls={len(os.sched_getaffinity(0))}"],
+            [
+                *(sys.executable, "-I", "-S", "-c", _BECOME_WORKER),
+                *(binary, f"--port={port}", f"--max_concurrent_computation_calls={len(os.sched_getaffinity(0))}"),
+            ],
             # Clients run in parallel already: more threads inside each of them cost 20 to 50 % of the speed.
             env={"TF_NUM_INTRAOP_THREADS": "1", **os.environ},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in the terminal is for the program, which then ends the worker.
-            preexec_fn=lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
         )
         channel = grpc.insecure_channel(
             f"localhost:{port}",
