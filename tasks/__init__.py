@@ -82,8 +82,6 @@ _EMNIST_CNN = dataclasses.replace(_EMNIST_2NN, learning_rate=0.215)
 TASKS = {
     "mnist_2nn": _MNIST_2NN,
     "mnist_cnn": _MNIST_CNN,
-    "mnist_2nn_tutorial": _MNIST_2NN,
-    "mnist_cnn_tutorial": _MNIST_CNN,
     "shakespeare_lstm": _SHAKESPEARE,
     "cifar_cnn": _CIFAR,
     "stackoverflow_lstm": _STACKOVERFLOW,

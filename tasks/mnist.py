@@ -34,12 +34,9 @@ _WRITERS_FILE = "qmnist-train-labels-idx2-int"
 _WRITERS_COLUMN = 2
 _NUM_CLIENTS = 100
 
-# "tutorial": with the initial weights of TensorFlow's tutorial of 2016.
 _KERAS_MODELS = {
     "mnist_2nn": models.mnist_2nn,
     "mnist_cnn": models.mnist_cnn,
-    "mnist_2nn_tutorial": functools.partial(models.mnist_2nn, tutorial_values=True),
-    "mnist_cnn_tutorial": functools.partial(models.mnist_cnn, tutorial_values=True),
 }
 _TARGETS = {
     ("mnist_2nn", "mnist"): 0.97,
@@ -54,7 +51,7 @@ Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def build_task(settings: TaskSettings) -> Task:
-    """Builds the task "mnist_2nn", "mnist_cnn", "mnist_2nn_tutorial" or "mnist_cnn_tutorial".
+    """Builds the task "mnist_2nn" or "mnist_cnn".
 
     Args:
       settings: As for `tasks.build_task`. `data_dir` has the files of "mnist", and those of QMNIST, which the partition
@@ -106,15 +103,20 @@ def build_task(settings: TaskSettings) -> Task:
         ),
         keras_model_fn=_KERAS_MODELS[settings.name],
         **CLASSIFICATION,
-        target_accuracy=_TARGETS[settings.name.removesuffix("_tutorial"), data],
+        target_accuracy=_TARGETS[settings.name, data],
         label_names=lambda: [str(digit) for digit in range(10)],
         checksums=checksums,
     )
 
 
 def _preprocess(example: Mapping[str, tf.Tensor], seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the digit, from -0.5 (paper) to 0.5 (ink), and its label.
+
+    The paper does not say what its models get. In this range, which is that of TensorFlow's first MNIST example, the
+    2NN takes about as many rounds as in Tables 1 and 4; from 0 to 1 it takes a third of them.
+    """
     del seed  # The digits are not augmented.
-    return tf.cast(example["image"], tf.float32) / 255.0, tf.cast(example["label"], tf.int32)
+    return tf.cast(example["image"], tf.float32) / 255.0 - 0.5, tf.cast(example["label"], tf.int32)
 
 
 def _read_writers(path: pathlib.Path, num_digits: int) -> np.ndarray:

@@ -109,11 +109,11 @@ def test_examples_by_writer_are_those_that_tff_loads_inverted(tmp_path, data_dir
     train, test = tff.simulation.datasets.emnist.load_data(only_digits=data == "digits", cache_dir=str(data_dir))
     assert task.train.num_clients == 7
     for (x, y), (pixels, labels) in zip(_batches(task.train), _examples_of_tff(train), strict=True):
-        np.testing.assert_allclose(x, 1 - pixels, atol=1e-6)
+        np.testing.assert_allclose(x, 0.5 - pixels, atol=1e-6)
         np.testing.assert_array_equal(y, labels)
     x, y = map(np.concatenate, zip(*_batches(task.test), strict=True))
     pixels, labels = map(np.concatenate, zip(*_examples_of_tff(test), strict=True))
-    np.testing.assert_allclose(x, 1 - pixels, atol=1e-6)
+    np.testing.assert_allclose(x, 0.5 - pixels, atol=1e-6)
     np.testing.assert_array_equal(y, labels)
 
 
@@ -124,7 +124,7 @@ def test_synthetic_is_what_tff_ships_to_train_and_to_test(tmp_path):
         _batches(task.train), _examples_of_tff(tff.simulation.datasets.emnist.get_synthetic()), strict=True
     ):
         # Its pixels come in steps of 1/9, the files have steps of 1/255.
-        np.testing.assert_allclose(x, 1 - pixels, atol=0.5 / 255 + 1e-6)
+        np.testing.assert_allclose(x, 0.5 - pixels, atol=0.5 / 255 + 1e-6)
         np.testing.assert_array_equal(y, labels)
     assert _images(task.test) == _images(task.train)
 
@@ -308,7 +308,7 @@ def test_real_digits_by_their_writers_come_back_as_they_are_in_mnist(tmp_path, f
     assert task.train.num_clients == 5
     assert task.test.num_examples.sum() == len(rows) - sum(map(len, expected))
     for (x, y), indices in zip(_batches(task.train), expected, strict=True):
-        np.testing.assert_allclose(x, images[indices] / 255, atol=1e-6)
+        np.testing.assert_allclose(x, images[indices] / 255 - 0.5, atol=1e-6)
         np.testing.assert_array_equal(y, labels[indices])
     # Paper takes most of a digit's picture, so most of what the model gets is 0.
     assert np.mean(np.concatenate([x for x, _ in _batches(task.train)]) == 0) > 0.7

@@ -77,7 +77,7 @@ def test_pixels_are_scaled_to_0_to_1(tmp_path, data_dir):
     dataset = build(tmp_path, data_dir, clients=5).train
     x, y = dataset.batch(dataset.read(tf.constant(2)), tf.range(10), NO_SEED)
     stored = dataset.load(2)
-    np.testing.assert_allclose(x, stored["image"] / 255, rtol=1e-6)
+    np.testing.assert_allclose(x, stored["image"] / 255 - 0.5, atol=1e-6)
     np.testing.assert_array_equal(y, stored["label"])
 
 

@@ -80,18 +80,3 @@ def test_62_classes_add_outputs_only(build, count):
     model = build(62)
     assert model.count_params() == count
     assert model.output_shape == (None, 62)
-
-
-@pytest.mark.parametrize("build, layers", [(models.mnist_2nn, 3), (models.mnist_cnn, 4)])
-def test_tutorial_values_are_truncated_normals_and_biases_of_a_tenth(build, layers):
-    tf.keras.utils.set_random_seed(0)
-    model = build(tutorial_values=True)
-    assert model.count_params() == build().count_params()
-    kernels, biases = model.get_weights()[::2], model.get_weights()[1::2]
-    assert len(kernels) == layers
-    for bias in biases:
-        np.testing.assert_array_equal(bias, np.float32(0.1))
-    values = np.concatenate([kernel.ravel() for kernel in kernels])
-    assert np.abs(values).max() <= 0.2  # Cut at two standard deviations, which leaves 0.88 of one.
-    np.testing.assert_allclose([values.mean(), values.std()], [0, 0.0880], atol=2e-3)
-    assert len(np.unique(values)) > 0.9 * len(values)

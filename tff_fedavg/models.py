@@ -1,65 +1,49 @@
 """The architectures of the paper (Section 3), as Keras models that return logits."""
 
-from typing import Any
 
 import tensorflow as tf
 
 from tff_fedavg.layers import LocalResponseNormalization, MaxPooling, PeepholeLSTM
 
 
-def mnist_2nn(num_classes: int = 10, *, tutorial_values: bool = False) -> tf.keras.Model:
+def mnist_2nn(num_classes: int = 10) -> tf.keras.Model:
     """MNIST 2NN: two hidden layers of 200 ReLU units. `[batch, 28, 28]` to `[batch, num_classes]`.
 
     199,210 parameters; 209,662 for the 62 classes of EMNIST.
-
-    The paper does not say how it initialised. With `tutorial_values` the weights start as in TensorFlow's MNIST
-    tutorial of 2016, else as in Keras. Figure 1 speaks for the tutorial: its two models, mixed half and half, have a
-    loss of 0.399 from a shared start and 1.25 from separate ones; here these are 0.400 and 1.21 with the tutorial's
-    values, and 0.387 and 1.17 with Keras's (means of two pairs).
     """
-    initial = _tutorial_values if tutorial_values else dict
     return tf.keras.Sequential(
         [
             tf.keras.layers.InputLayer([28, 28]),
             tf.keras.layers.Flatten(),
-            tf.keras.layers.Dense(200, activation="relu", **initial()),
-            tf.keras.layers.Dense(200, activation="relu", **initial()),
-            tf.keras.layers.Dense(num_classes, **initial()),
+            tf.keras.layers.Dense(200, activation="relu"),
+            tf.keras.layers.Dense(200, activation="relu"),
+            tf.keras.layers.Dense(num_classes),
         ]
     )
 
 
-def mnist_cnn(num_classes: int = 10, *, tutorial_values: bool = False) -> tf.keras.Model:
+def mnist_cnn(num_classes: int = 10) -> tf.keras.Model:
     """MNIST CNN: two convolutional and two dense layers. `[batch, 28, 28]` to `[batch, num_classes]`.
 
     1,663,370 parameters; 1,690,046 for the 62 classes of EMNIST.
 
     Two 5x5 convolutions of 32 and 64 channels, each followed by 2x2 max pooling, a layer of 512 ReLU units, and the
     output. The count of parameters needs SAME padding. The paper names ReLU for the dense layer only; the
-    convolutions have it too here, as in every re-implementation. `tutorial_values`: as for `mnist_2nn`.
+    convolutions have it too here, as in every re-implementation.
     """
-    initial = _tutorial_values if tutorial_values else dict
     return tf.keras.Sequential(
         [
             tf.keras.layers.InputLayer([28, 28]),
             tf.keras.layers.Reshape([28, 28, 1]),
-            tf.keras.layers.Conv2D(32, 5, padding="same", activation="relu", **initial()),
+            tf.keras.layers.Conv2D(32, 5, padding="same", activation="relu"),
             MaxPooling(2),
-            tf.keras.layers.Conv2D(64, 5, padding="same", activation="relu", **initial()),
+            tf.keras.layers.Conv2D(64, 5, padding="same", activation="relu"),
             MaxPooling(2),
             tf.keras.layers.Flatten(),
-            tf.keras.layers.Dense(512, activation="relu", **initial()),
-            tf.keras.layers.Dense(num_classes, **initial()),
+            tf.keras.layers.Dense(512, activation="relu"),
+            tf.keras.layers.Dense(num_classes),
         ]
     )
-
-
-def _tutorial_values() -> dict[str, Any]:
-    """Returns the initial values of a layer in TensorFlow's tutorial "Deep MNIST for Experts"."""
-    return {
-        "kernel_initializer": tf.keras.initializers.TruncatedNormal(stddev=0.1),
-        "bias_initializer": tf.keras.initializers.Constant(0.1),
-    }
 
 
 def char_lstm() -> tf.keras.Model:
