@@ -90,15 +90,15 @@ def _images(dataset):
 # Pixels.
 
 
-def test_the_model_gets_0_for_paper_and_1_for_ink(tmp_path):
+def test_the_model_gets_minus_a_half_for_paper_and_a_half_for_ink(tmp_path):
     pixels = np.ones([28, 28])
     pixels[3:5, 7] = 0.0
     pixels[9, 9] = 0.2
     _write_sqlite(tmp_path, [(split, "a", pixels, 4) for split in _SPLITS])
     ((x, y),) = _batches(_build(tmp_path, tmp_path).train)
-    expected = np.zeros([28, 28])
-    expected[3:5, 7] = 1.0
-    expected[9, 9] = 0.8
+    expected = np.full([28, 28], -0.5)
+    expected[3:5, 7] = 0.5
+    expected[9, 9] = 0.3
     np.testing.assert_allclose(x, [expected], atol=1e-7)
     assert (x.dtype, y.dtype, y.numpy().tolist()) == (tf.float32, tf.int32, [4])
 

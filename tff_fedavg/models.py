@@ -1,6 +1,5 @@
 """The architectures of the paper (Section 3), as Keras models that return logits."""
 
-
 import tensorflow as tf
 
 from tff_fedavg.layers import LocalResponseNormalization, MaxPooling, PeepholeLSTM
