@@ -113,7 +113,7 @@ def _preprocess(example: Mapping[str, tf.Tensor], seed: tf.Tensor) -> tuple[tf.T
     """Returns the digit, from -0.5 (paper) to 0.5 (ink), and its label.
 
     The paper does not say what its models get. In this range, which is that of TensorFlow's first MNIST example, the
-    2NN takes about as many rounds as in Tables 1 and 4; from 0 to 1 it takes a third of them.
+    2NN takes about as many rounds as in Tables 1 and 4; from 0 to 1 it takes a quarter to a half of them.
     """
     del seed  # The digits are not augmented.
     return tf.cast(example["image"], tf.float32) / 255.0 - 0.5, tf.cast(example["label"], tf.int32)
