@@ -143,10 +143,10 @@ def _run(panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pathlib
                     else:
                         print(f"{ended.name}: {ended.outcome}", flush=True)
                 if time.monotonic() - printed_at >= _SECONDS_BETWEEN_LINES:
-                    said = processes.running
-                    for name in [name for name in said if said[name] != printed.get(name)]:
-                        print(f"    {name}: {said[name]}", flush=True)
-                    printed, printed_at = said, time.monotonic()
+                    for name, message in processes.running.items():
+                        if message != printed.get(name):
+                            print(f"    {name}: {message}", flush=True)
+                    printed, printed_at = processes.running, time.monotonic()
     except KeyboardInterrupt as e:
         raise KeyboardInterrupt("interrupted; the same command goes on from the saved states") from e
     left = len(list(_jobs(panels, grids, results_dir)))

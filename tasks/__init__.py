@@ -129,9 +129,16 @@ def build_task(
         does not fit them.
     """
     data, partition = choose(name, data, partition)
-    directories = (pathlib.Path(directory).expanduser() for directory in (data_dir, cache_dir))
-    module = importlib.import_module(TASKS[name].module)
-    return module.build_task(TaskSettings(name, data, *directories, partition, clients, seed))
+    settings = TaskSettings(
+        name=name,
+        data=data,
+        data_dir=pathlib.Path(data_dir).expanduser(),
+        cache_dir=pathlib.Path(cache_dir).expanduser(),
+        partition=partition,
+        clients=clients,
+        seed=seed,
+    )
+    return importlib.import_module(TASKS[name].module).build_task(settings)
 
 
 def choose(name: str, data: str | None, partition: str | None) -> tuple[str, str]:

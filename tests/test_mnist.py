@@ -73,7 +73,7 @@ def test_idx_files_with_and_without_gzip_and_in_a_subdirectory_are_read(tmp_path
     np.testing.assert_array_equal(labels, expected[1])
 
 
-def test_pixels_are_scaled_to_0_to_1(tmp_path, data_dir):
+def test_pixels_are_scaled_to_minus_a_half_to_a_half(tmp_path, data_dir):
     dataset = build(tmp_path, data_dir, clients=5).train
     x, y = dataset.batch(dataset.read(tf.constant(2)), tf.range(10), NO_SEED)
     stored = dataset.load(2)
