@@ -8,10 +8,12 @@ Data sources:
 - "tff": TFF's federated Shakespeare, from a directory or downloaded. Its 715 clients, lines and split are not those of
   the paper.
 
-One line is one example, as the paper's counts of updates (u in Table 2) show. It is a sequence of bytes that ends with
-a newline, cut at the paper's unroll of 80; that cuts one line of the paper's text, and none of the others. The 258
-symbols of the model are the 256 bytes, PADDING and BEGINNING_OF_LINE; the paper has as many, and does not say what its
-last two are.
+One line is one example, as the paper's counts of updates (u in Table 2) show: its bytes, a newline and END_OF_LINE, cut
+at the paper's unroll of 80. The model reads BEGINNING_OF_LINE and all of them but the last, and predicts each of them.
+Its 258 symbols are the 256 bytes and these two; the paper has as many, and does not say what its last two are. But it
+shows (Figure 3) a loss of 1.711 after 40 rounds with E = 1, IID, when the model has learned no more than how frequent
+each symbol is. That entropy is 1.710 for these symbols, and 1.651 without END_OF_LINE, which a model falls short of
+after 30 rounds.
 """
 
 import collections
@@ -31,8 +33,10 @@ from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
 from tff_fedavg.partition import iid
 
-PADDING = 256
+END_OF_LINE = 256
 BEGINNING_OF_LINE = 257
+# A label only: no symbol of the model.
+PADDING = 258
 
 _UNROLL = 80
 _LINES_PER_TEST_PART = 1000
@@ -108,7 +112,7 @@ def build_task(settings: TaskSettings) -> Task:
         keras_model_fn=models.char_lstm,
         **next_symbol(padding=PADDING, unroll=_UNROLL),
         target_accuracy=_TARGET,
-        label_names=lambda: [*map(chr, range(256)), "", "\N{START OF TEXT}"],
+        label_names=lambda: [*map(chr, range(256)), "\N{END OF TEXT}", "\N{START OF TEXT}", ""],
         checksums=checksums,
     )
 
@@ -127,14 +131,17 @@ def _to_bytes(line: str) -> bytes:
 
 
 def _preprocess(example: Mapping[str, tf.Tensor], seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns x and y, int32 `[batch, time]`, where time is the length of the longest line of the batch.
+    """Returns x and y, int32 `[batch, time]`, where time is that of the longest line of the batch.
 
-    y is the line, its newline, and PADDING from there on; x is BEGINNING_OF_LINE and then y, one symbol later.
+    y is the line, its newline, END_OF_LINE if it fits into the unroll, and PADDING from there on; x is
+    BEGINNING_OF_LINE and then y, one symbol later, with END_OF_LINE for PADDING.
     """
     del seed  # Lines are not augmented.
-    in_line = tf.sequence_mask(tf.cast(example["length"], tf.int32))
-    y = tf.where(in_line, tf.cast(example["line"][:, : tf.shape(in_line)[1]], tf.int32), PADDING)
-    x = tf.pad(y[:, :-1], [[0, 0], [1, 0]], constant_values=BEGINNING_OF_LINE)
+    length = tf.cast(example["length"], tf.int32)[:, tf.newaxis]
+    position = tf.range(tf.minimum(tf.reduce_max(length) + 1, _UNROLL))
+    line = tf.cast(example["line"][:, : tf.size(position)], tf.int32)
+    y = tf.where(position < length, line, tf.where(position <= length, END_OF_LINE, PADDING))
+    x = tf.pad(tf.minimum(y[:, :-1], END_OF_LINE), [[0, 0], [1, 0]], constant_values=BEGINNING_OF_LINE)
     return x, y
 
 

@@ -202,18 +202,18 @@ def test_the_last_fifth_of_a_role_is_for_the_test(tmp_path, num_lines, num_test)
 def test_x_is_y_one_symbol_later_and_both_end_with_the_longest_line_of_the_batch():
     examples = shakespeare._encode(["ab", "", "é"])
     x, y = shakespeare._preprocess({name: tf.constant(array) for name, array in examples.items()}, NO_SEED)
-    # "é" is the bytes 195, 169; 10 is the newline, 256 padding, 257 the beginning of a line.
-    assert y.numpy().tolist() == [[97, 98, 10], [10, 256, 256], [195, 169, 10]]
-    assert x.numpy().tolist() == [[257, 97, 98], [257, 10, 256], [257, 195, 169]]
+    # "é" is the bytes 195, 169; 10 is the newline, 256 the end of a line, 257 its beginning, 258 padding.
+    assert y.numpy().tolist() == [[97, 98, 10, 256], [10, 256, 258, 258], [195, 169, 10, 256]]
+    assert x.numpy().tolist() == [[257, 97, 98, 10], [257, 10, 256, 256], [257, 195, 169, 10]]
     assert x.dtype == y.dtype == tf.int32
 
 
 @hypothesis.given(st.lists(st.text(st.characters(blacklist_categories=["Cs"]), max_size=100), min_size=1, max_size=5))
-def test_a_line_comes_back_from_its_symbols_up_to_80_bytes(lines):
+def test_a_line_and_its_end_come_back_from_its_symbols_up_to_80(lines):
     encoded = {name: tf.constant(array) for name, array in shakespeare._encode(lines).items()}
     _, y = shakespeare._preprocess(encoded, NO_SEED)
-    decoded = [bytes(symbol for symbol in row if symbol != 256) for row in y.numpy()]
-    assert decoded == [(line + "\n").encode()[:80] for line in lines]
+    decoded = [[symbol for symbol in row if symbol != 258] for row in y.numpy()]
+    assert decoded == [[*(line + "\n").encode(), 256][:80] for line in lines]
     assert y.shape[1] == max(map(len, decoded))
 
 
@@ -280,7 +280,7 @@ def test_client_files_are_prepared_once_for_each_seed_of_iid_and_once_for_role(t
     assert _build(tmp_path, "gutenberg", "role").train.directory not in roles
 
 
-def test_loss_and_accuracy_are_means_over_the_characters_of_the_test_set(worker, tmp_path, monkeypatch):
+def test_loss_and_accuracy_are_means_over_the_symbols_of_the_test_set(worker, tmp_path, monkeypatch):
     def next_symbol_from_the_last():
         one_hot = tf.keras.layers.Lambda(lambda x: tf.one_hot(x, 258))
         return tf.keras.Sequential(
@@ -301,7 +301,7 @@ def test_loss_and_accuracy_are_means_over_the_characters_of_the_test_set(worker,
 
     losses, hits = [], []
     for line in sum(_lines(task.test), []):
-        y = np.frombuffer(line, np.uint8)
+        y = np.array([*line, 256][:80])
         logits = (kernel + bias)[[257, *y[:-1]]]
         losses += list(np.log(np.exp(logits).sum(1)) - logits[np.arange(len(y)), y])
         hits += list(logits.argmax(1) == y)

@@ -2,9 +2,8 @@
 
 The loss of an example is a sum over its symbols, divided by a constant, and not the mean over the real symbols of a
 batch: so f(w) is the mean of the examples' losses f_i(w), as in Equation 1. It is also what the paper did, it seems:
-Figure 3 starts with a plateau at 1.7, where the model has learned no more than how frequent each character is. That
-takes 3.15 nats a character of the training text, and 41.9 of the 80 positions of a line are characters on average:
-3.15 * 41.9 / 80 = 1.65.
+Figure 3 starts with a plateau at 1.71, where the model has learned no more than how frequent each symbol is. That
+takes 3.19 nats a symbol of the training text, of which a line has 42.9: 3.19 * 42.9 / 80 = 1.71.
 """
 
 from collections.abc import Sequence
