@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 DATA_DIR = "~/.cache/tff_fedavg/data"
 CACHE_DIR = "~/.cache/tff_fedavg/clients"
 
+# The partitions whose clients come with the data: one per writer, one per role.
+_NATURAL_PARTITIONS = ("writer", "role")
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskEntry:
@@ -121,7 +124,7 @@ def build_task(
       data_dir: Where the data are, or are kept after a download.
       cache_dir: Where the client files are kept.
       partition: How the examples are divided among the clients; by default the first of the task's.
-      clients: K, the number of clients; by default the paper's. None if the partition is a natural one.
+      clients: K, the number of clients; by default the paper's. None if the partition is by writer or by role.
       seed: Seeds the partition.
 
     Raises:
@@ -129,6 +132,8 @@ def build_task(
         does not fit them.
     """
     data, partition = choose(name, data, partition)
+    if clients is not None and partition in _NATURAL_PARTITIONS:
+        raise ValueError(f"clients is {clients}, but partition={partition} has one client for each: leave it out")
     settings = TaskSettings(
         name=name,
         data=data,

@@ -69,10 +69,7 @@ def build_task(settings: TaskSettings) -> Task:
       ValueError: If the data are missing or damaged, or the partition does not fit them.
     """
     data, partition, clients = settings.data, settings.partition, settings.clients
-    if partition == "writer":
-        if clients is not None:
-            raise ValueError(f"clients is {clients}, but partition=writer has one client per writer: leave it out")
-    elif clients is None:
+    if clients is None and partition != "writer":
         clients = _NUM_CLIENTS
     path, read_writers = _find_synthetic() if data == "synthetic" else _find_sqlite(data, settings.data_dir)
     checksums = {path.name: sha256(path)}

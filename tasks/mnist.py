@@ -67,8 +67,6 @@ def build_task(settings: TaskSettings) -> Task:
     if partition == "writer":
         if data != "mnist":
             raise ValueError("partition=writer needs data=mnist: who wrote the digits of mnist5k is not known")
-        if clients is not None:
-            raise ValueError(f"clients is {clients}, but partition=writer has one client per writer: leave it out")
         writers_file = find_file(data_dir, "qmnist", f"{_WRITERS_FILE}.gz", _WRITERS_FILE)
         if writers_file is None:
             raise ValueError(f"partition=writer needs {_WRITERS_FILE}.gz of QMNIST in data_dir={data_dir}")

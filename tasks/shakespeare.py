@@ -71,8 +71,6 @@ def build_task(settings: TaskSettings) -> Task:
       ValueError: If the data are missing, damaged or another edition, or the partition does not fit them.
     """
     data, partition, clients = settings.data, settings.partition, settings.clients
-    if partition == "role" and clients is not None:
-        raise ValueError(f"clients is {clients}, but partition=role has one client per role and play: leave it out")
     files, load = _FIND[data](settings.data_dir)
     checksums = {path.name: sha256(path) for path in files}
 

@@ -261,8 +261,7 @@ def test_a_failed_download_says_what_to_do_and_leaves_no_file_behind(tmp_path, m
     assert os.listdir(tmp_path) == []
 
 
-def test_a_number_of_clients_is_refused_by_writer_and_beyond_the_examples(tmp_path, data_dir):
-    assert "clients is 5, but partition=writer has one client per writer" in _error(tmp_path, data_dir, clients=5)
+def test_more_clients_than_examples_are_refused(tmp_path, data_dir):
     assert "401 clients need 401 pieces of data, but there are 400 examples" in _error(
         tmp_path, data_dir, partition="iid", clients=401
     )

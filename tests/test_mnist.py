@@ -157,7 +157,6 @@ def test_more_shards_than_examples_are_refused(tmp_path):
     ("changes", "message"),
     [
         (dict(data="mnist5k"), "partition=writer needs data=mnist"),
-        (dict(clients=10), "clients is 10, but partition=writer has one client per writer"),
         (dict(), "needs qmnist-train-labels-idx2-int.gz of QMNIST in data_dir="),
     ],
 )

@@ -350,9 +350,8 @@ def test_a_broken_gzip_file_is_refused(tmp_path, damage):
     assert str(path) in message
 
 
-def test_a_number_of_clients_is_refused_by_role_and_beyond_the_lines_by_iid(tmp_path):
+def test_more_clients_than_lines_are_refused(tmp_path):
     _write_edition(tmp_path)
-    assert "clients is 5" in _error(tmp_path, "gutenberg", clients=5)
     assert "4585 clients need 4585 pieces of data, but there are 4584 examples" in _error(
         tmp_path, "gutenberg", "iid", clients=4585
     )

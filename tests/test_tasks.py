@@ -18,9 +18,11 @@ ROOT = pathlib.Path(__file__).parent.parent
         (dict(name="mnist_2nn", data="emnist"), "data is 'emnist': mnist_2nn takes mnist, mnist5k"),
         (dict(name="cifar_cnn", data="embedded"), "data is embedded, but no package comes with data for cifar_cnn"),
         (dict(name="cifar_cnn", partition="role"), "partition is 'role': cifar_cnn takes iid"),
+        (dict(name="mnist_2nn", partition="writer", clients=5), "clients is 5, but partition=writer has one client"),
+        (dict(name="shakespeare_lstm", partition="role", clients=5), "clients is 5, but partition=role has one client"),
     ],
 )
-def test_what_does_not_exist_is_refused_and_the_choices_are_named(tmp_path, settings, message):
+def test_bad_settings_are_refused_before_data_are_looked_for_and_the_choices_are_named(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         tasks.build_task(**settings, data_dir=tmp_path, cache_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
