@@ -21,9 +21,9 @@ SLOWER = 1.5  # A rate is given up at so many times the rounds of another one: i
 _CAP = 1.5  # Rounds of a run at most, in multiples of the paper's.
 _EVALUATIONS = 100  # Of a run at its cap, about; with less rounds it is one a round.
 
-# A good eta for each model and B: the paper's of Figures 1 and 8 for the 2NN and the CNN, found in trials for the others. On the
-# grid of 10^(k/6), which has all rates that the paper names outside of CIFAR-10 and the word LSTM. A centre that is
-# off costs time only: the grid goes on in the direction of the best rate.
+# A good eta for each model and B: those of Figures 1 and 8 where the paper names one for B = 10, found in trials for
+# the others. On the grid of 10^(k/6), which has all rates that the paper names outside of CIFAR-10 and the word LSTM. A
+# centre that is off costs time only: the grid goes on in the direction of the best rate.
 _CENTRES = {
     ("mnist_2nn", 10): 0.1,
     ("mnist_2nn", 50): 0.1,

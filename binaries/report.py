@@ -5,12 +5,12 @@ All of it is computed from the files of the runs and from `binaries.published`. 
 
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.figure
 import numpy as np
 
-from binaries import figure_1, plan, published
+from binaries import claims, figure_1, plan, published
 from binaries.plan import Curve, Figure, Grid, Run
 from binaries.published import Row
 from tff_fedavg import learning_curve
@@ -31,6 +31,12 @@ the first row of its column. Ratios that are off by more than 25 % are **bold**,
 paper's own repeats of the same cell differ by up to that, and once by a factor of 2 (Tables 1 and 2)."""
 
 _SHRUNK = "**These are trials of a few seconds on small data, not results.**"
+
+_CLAIMS = """## What the paper concludes, and what these runs say
+
+Each claim as comparisons, of speed-ups over the first row of a column where it is about saving rounds. The paper's own
+numbers hold in all of them. Of those that can be made of what was run: in how many it holds, and in which not."""
+_CLAIM_HEADER = ("claim", "", "holds in", "not in")
 
 _TITLES = {
     1: "Table 1: the effect of the client fraction C (2NN: E = 1; CNN: E = 5)",
@@ -67,8 +73,12 @@ def write(results_dir: pathlib.Path, shrunk: bool = False) -> pathlib.Path:
       OSError: If a file cannot be written.
     """
     (results_dir / "figures").mkdir(parents=True, exist_ok=True)
-    sections = [_INTRODUCTION, *[_SHRUNK] * shrunk]
-    sections += [_table_section(number, plan.table(number, shrunk), results_dir) for number in _TITLES]
+    grids = {grid.cell: grid for number in _TITLES for grid in plan.table(number, shrunk)}
+    measured = {row: _Measured(row, grids[row.cell], results_dir) for row in published.rows() if row.cell in grids}
+    sections = [_INTRODUCTION, *[_SHRUNK] * shrunk, _claims_section(measured, results_dir)]
+    for number in _TITLES:
+        table = {row: m for row, m in measured.items() if row.table == number}
+        sections.append(_table_section(number, table, results_dir))
     sections.append(_figure_1_section(results_dir))
     sections += [_figure_section(number, figure, results_dir) for number, figure in plan.figures(shrunk).items()]
     path = results_dir / "RESULTS.md"
@@ -108,23 +118,25 @@ class _Measured:
         return f"{self.rounds:.1f}"
 
 
-def _table_section(number: int, grids: Sequence[Grid], results_dir: pathlib.Path) -> str:
-    grids = {grid.cell: grid for grid in grids}
-    measured = {
-        row: _Measured(row, grids[row.cell], results_dir)
-        for row in published.rows()
-        if row.table == number and row.cell in grids
-    }
-    baselines = {}
+def _claims_section(measured: Mapping[Row, _Measured], results_dir: pathlib.Path) -> str:
+    here = claims.check(
+        {row: m.rounds for row, m in measured.items() if m.rounds},
+        {panel: figure_1.read(results_dir, panel) for panel in figure_1.PANELS},
+    )
+    rows = []
+    for claim, comparisons in here.items():
+        against = [name for name, holds in comparisons.items() if not holds]
+        holds = f"{len(comparisons) - len(against)} of {len(comparisons)}" if comparisons else _NOT_RUN
+        rows.append((*claim.value, holds, ", ".join(against)))
+    return f"{_CLAIMS}\n\n{_markdown(_CLAIM_HEADER, rows)}"
+
+
+def _table_section(number: int, measured: Mapping[Row, _Measured], results_dir: pathlib.Path) -> str:
+    speedups = {}
     for row in measured:
-        baselines.setdefault(row.column, row)
-    speedups = {
-        row: (
-            _speedup(baselines[row.column].rounds, row.rounds),
-            _speedup(measured[baselines[row.column]].rounds, measured[row].rounds),
-        )
-        for row in measured
-    }
+        baseline = published.baseline(row)
+        here = measured[baseline].rounds if baseline in measured else None
+        speedups[row] = _speedup(baseline.rounds, row.rounds), _speedup(here, measured[row].rounds)
     printed = {
         row: f"{_dash(row.rounds)}{_in_brackets(speedups[row][0])} → "
         + (_NOT_RUN if measured[row].run is None else f"{_dash(measured[row].rounds)}{_in_brackets(speedups[row][1])}")

@@ -8,11 +8,13 @@ import shutil
 import pytest
 
 from binaries import plan, published, report
+from binaries.claims import Claim
 from binaries.published import Cell
 
 ROOT = pathlib.Path(__file__).parent.parent
 FED_SGD = Cell("mnist_2nn", "iid", "fedsgd", 0.1, 1, None)
 FED_AVG = Cell("mnist_2nn", "iid", "fedavg", 0.1, 1, 10)
+FED_AVG_50 = Cell("mnist_2nn", "iid", "fedavg", 0.1, 1, 50)
 
 
 def record(results_dir, run, rows, ended="target", date="2017-04-20"):
@@ -104,6 +106,17 @@ def test_table_is_set_as_the_paper_prints_it(results_dir):
     assert "| sgd | B = 100 | 18000 → not run | 31000 → not run | 99000 → not run |" in text
     row = next(line for line in text if line.startswith("| mnist_2nn | C = 0.5 |"))
     assert row == ("| mnist_2nn | C = 0.5 | - → not run | 75 (4.2x) → not run | - → not run | 443 (7.4x) → not run |")
+
+
+def test_claims_are_put_to_what_was_run_and_what_contradicts_one_is_named(results_dir, tmp_path):
+    shutil.copytree(results_dir, tmp_path, dirs_exist_ok=True)
+    record(tmp_path, grid_of(FED_AVG_50, 4).run(0.1), [(0, 0.1, ""), (40, 0.97, "")])  # Before B = 10, with 50.
+    report.write(tmp_path)
+    heading = "## What the paper concludes"
+    assert cells(results_dir, Claim.LOCAL_UPDATES.value[0], heading)[1:] == ["Tables 2, 4", "1 of 1", ""]
+    assert cells(results_dir, Claim.PLAYS.value[0], heading)[1:] == ["Table 2", "not run", ""]
+    against = f"{FED_AVG.name} before {FED_AVG_50.label}"
+    assert cells(tmp_path, Claim.ORDER.value[0], heading)[1:] == ["Tables 2, 4", "2 of 3", against]
 
 
 def test_what_was_not_run_is_said_to_be_so_and_not_estimated(results_dir):

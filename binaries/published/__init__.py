@@ -76,12 +76,17 @@ class Row:
 
 @functools.cache
 def rows() -> tuple[Row, ...]:
-    """Returns the numbers of all tables, in the paper's order; the first of a column is its baseline."""
+    """Returns the numbers of all tables, in the paper's order."""
     fields = [field.name for field in dataclasses.fields(Cell)]
     return tuple(
         Row(row["table"], Cell(*(row[name] for name in fields)), row["target"], row["rounds"])
         for row in json.loads((_DIRECTORY / "tables.json").read_text())
     )
+
+
+def baseline(row: Row) -> Row:
+    """Returns the row over which the paper counts the speed-up of this one: the first of its column."""
+    return next(first for first in rows() if first.column == row.column)
 
 
 @functools.cache
