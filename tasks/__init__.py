@@ -84,6 +84,7 @@ _EMNIST_CNN = dataclasses.replace(_EMNIST_2NN, learning_rate=0.215)
 
 TASKS = {
     "mnist_2nn": _MNIST_2NN,
+    "mnist_2nn_0_to_1": _MNIST_2NN,
     "mnist_cnn": _MNIST_CNN,
     "shakespeare_lstm": _SHAKESPEARE,
     "cifar_cnn": _CIFAR,

@@ -73,11 +73,12 @@ def test_idx_files_with_and_without_gzip_and_in_a_subdirectory_are_read(tmp_path
     np.testing.assert_array_equal(labels, expected[1])
 
 
-def test_pixels_are_scaled_to_minus_a_half_to_a_half(tmp_path, data_dir):
-    dataset = build(tmp_path, data_dir, clients=5).train
+@pytest.mark.parametrize(("name", "lowest"), [("mnist_2nn", -0.5), ("mnist_cnn", -0.5), ("mnist_2nn_0_to_1", 0.0)])
+def test_pixels_are_scaled_to_the_range_of_the_task(tmp_path, data_dir, name, lowest):
+    dataset = build(tmp_path, data_dir, clients=5, name=name).train
     x, y = dataset.batch(dataset.read(tf.constant(2)), tf.range(10), NO_SEED)
     stored = dataset.load(2)
-    np.testing.assert_allclose(x, stored["image"] / 255 - 0.5, atol=1e-6)
+    np.testing.assert_allclose(x, stored["image"] / 255 + lowest, atol=1e-6)
     np.testing.assert_array_equal(y, stored["label"])
 
 

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(name="mnist_3nn"), "task is 'mnist_3nn': take one of mnist_2nn, mnist_cnn, "),
+        (dict(name="mnist_3nn"), "task is 'mnist_3nn': take one of mnist_2nn, mnist_2nn_0_to_1, "),
         (dict(name="mnist_2nn", data="emnist"), "data is 'emnist': mnist_2nn takes mnist, mnist5k"),
         (dict(name="cifar_cnn", data="embedded"), "data is embedded, but no package comes with data for cifar_cnn"),
         (dict(name="cifar_cnn", partition="role"), "partition is 'role': cifar_cnn takes iid"),
