@@ -74,11 +74,12 @@ def _selection() -> tuple[list[str], list[plan.Grid]]:
     grids = [g for n in (1, 2, 3, 4) if everything or n in _TABLE.value for g in plan.table(n, _QUICK.value)]
     grids = [*dict.fromkeys([*grids, *(curve.grid for figure in figures for curve in figure.curves)])]
     panels = [panel for panel in figure_1.PANELS if everything or 1 in _FIGURE.value]
+    names = [*map(figure_1.name, panels), *(name for grid in grids for name in (grid.cell.name, _title(grid)))]
     for pattern in _ROWS.value:
-        if not fnmatch.filter([*map(figure_1.name, panels), *(grid.cell.name for grid in grids)], pattern):
+        if not fnmatch.filter(names, pattern):
             raise ValueError(f"--rows={pattern} is no cell of what was asked for: see --list")
     panels = [panel for panel in panels if _is_asked_for(figure_1.name(panel))]
-    grids = [grid for grid in grids if _is_asked_for(grid.cell.name)]
+    grids = [grid for grid in grids if _is_asked_for(grid.cell.name, _title(grid))]
     if _ROUNDS.value:
         grids = [plan.limit(grid, _ROUNDS.value) for grid in grids]
     if _QUICK.value:
@@ -89,8 +90,8 @@ def _selection() -> tuple[list[str], list[plan.Grid]]:
     return panels, grids
 
 
-def _is_asked_for(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _ROWS.value)
+def _is_asked_for(*names: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in _ROWS.value)
 
 
 def _listing(panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pathlib.Path) -> list[str]:

@@ -251,6 +251,13 @@ def test_list_shows_the_state_of_each_cell(tmp_path):
     assert lines[1].split()[1:3] == ["not", "run"]
 
 
+def test_rows_are_the_names_that_the_list_shows_or_those_of_cells(tmp_path):
+    shown = "mnist_cnn-iid-C0.1-E1-B10/eta0.215-train_loss"
+    for rows in (shown, "mnist_cnn-iid-C0.1-E1-B10/*", "mnist_cnn-iid-C0.1-E1-B10"):
+        result = reproduce("--list", "--figure=8", f"--rows={rows}", f"--results_dir={tmp_path}")
+        assert [line.split()[0] for line in result.stdout.splitlines()] == ["cell", shown]
+
+
 def test_budget_that_is_used_up_ends_with_what_is_left(tmp_path):
     result = reproduce("--table=3", "--budget_hours=0", f"--results_dir={tmp_path}")
     assert (result.returncode, result.stderr) == (0, "")
