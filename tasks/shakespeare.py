@@ -138,6 +138,7 @@ def _preprocess(example: Mapping[str, tf.Tensor], seed: tf.Tensor) -> tuple[tf.T
     length = tf.cast(example["length"], tf.int32)[:, tf.newaxis]
     position = tf.range(tf.minimum(tf.reduce_max(length) + 1, _UNROLL))
     line = tf.cast(example["line"][:, : tf.size(position)], tf.int32)
+    # Not `==`, which compares Python objects in the graphs that TFF builds; here `<=` leaves the one after the line.
     y = tf.where(position < length, line, tf.where(position <= length, END_OF_LINE, PADDING))
     x = tf.pad(tf.minimum(y[:, :-1], END_OF_LINE), [[0, 0], [1, 0]], constant_values=BEGINNING_OF_LINE)
     return x, y

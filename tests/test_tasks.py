@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).parent.parent
         (dict(name="cifar_cnn", data="embedded"), "data is embedded, but no package comes with data for cifar_cnn"),
         (dict(name="cifar_cnn", partition="role"), "partition is 'role': cifar_cnn takes iid"),
         (dict(name="mnist_2nn", partition="writer", clients=5), "clients is 5, but partition=writer has one client"),
+        (dict(name="emnist_2nn", partition="writer", clients=5), "clients is 5, but partition=writer has one client"),
         (dict(name="shakespeare_lstm", partition="role", clients=5), "clients is 5, but partition=role has one client"),
     ],
 )
