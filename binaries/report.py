@@ -38,6 +38,7 @@ Each claim as comparisons, of speed-ups over the first row of a column where it 
 numbers hold in all of them. Of those that can be made of what was run: in how many it holds, and in which not."""
 _CLAIM_HEADER = ("claim", "", "holds in", "not in")
 
+_OVERVIEW = "Tables 1 to 4"
 _TITLES = {
     1: "Table 1: the effect of the client fraction C (2NN: E = 1; CNN: E = 5)",
     2: "Table 2: more computation per client, C = 0.1",
@@ -75,7 +76,8 @@ def write(results_dir: pathlib.Path, shrunk: bool = False) -> pathlib.Path:
     (results_dir / "figures").mkdir(parents=True, exist_ok=True)
     grids = {grid.cell: grid for number in _TITLES for grid in plan.table(number, shrunk)}
     measured = {row: _Measured(row, grids[row.cell], results_dir) for row in published.rows() if row.cell in grids}
-    sections = [_INTRODUCTION, *[_SHRUNK] * shrunk, _claims_section(measured, results_dir)]
+    sections = [_INTRODUCTION, *[_SHRUNK] * shrunk, _overview(measured, results_dir)]
+    sections.append(_claims_section(measured, results_dir))
     for number in _TITLES:
         table = {row: m for row, m in measured.items() if row.table == number}
         sections.append(_table_section(number, table, results_dir))
@@ -94,13 +96,14 @@ class _Measured:
       runs: The finished runs.
       run: The best one; None if there is none.
       rounds: Its rounds to the target; None if it did not reach it.
+      last_round: Its last round.
       complete: Whether the grid has been run to its end.
     """
 
     def __init__(self, row: Row, grid: Grid, results_dir: pathlib.Path):
         self.runs, wanted = grid.progress(results_dir)
         self.complete = not wanted
-        self.run = self.rounds = None
+        self.run = self.rounds = self.last_round = None
         self._best = ()
         for run in self.runs:
             rounds, accuracies = _evaluations(run, results_dir)
@@ -108,14 +111,37 @@ class _Measured:
             rank = (1, -max(accuracies)) if reached is None else (0, reached)
             if self.run is None or rank < self._best:
                 self.run, self.rounds, self._best = run, reached, rank
-                self._last_round, self._accuracy = rounds[-1], max(accuracies)
+                self.last_round, self._accuracy = rounds[-1], max(accuracies)
 
     def __str__(self) -> str:
         if self.run is None:
             return _NOT_RUN
         if self.rounds is None:
-            return f"not in {self._last_round} rounds ({self._accuracy:.4f})"
+            return f"not in {self.last_round} rounds ({self._accuracy:.4f})"
         return f"{self.rounds:.1f}"
+
+
+def _overview(measured: Mapping[Row, _Measured], results_dir: pathlib.Path) -> str:
+    """Draws the rounds of all rows over the paper's; returns the line that shows the picture."""
+    compared = {row: m for row, m in measured.items() if row.rounds and m.run is not None}
+    if not compared:
+        return f"{_OVERVIEW}: {_NOT_RUN}"
+    groups = {}
+    for row, m in compared.items():
+        label = f"{row.cell.task} {row.cell.partition}" + ", not reached until here" * (m.rounds is None)
+        groups.setdefault(label, []).append((row.rounds, m.rounds or m.last_round))
+    picture, axes = _panels([_OVERVIEW])
+    for label, points in groups.items():
+        axes[_OVERVIEW].plot(*zip(*points), "^" if "not reached" in label else "o", markersize=4, label=label)
+    numbers = np.concatenate(list(groups.values()))
+    ends = np.array([numbers.min() / 2, 2 * numbers.max()])
+    axes[_OVERVIEW].plot(ends, ends, color="gray", linewidth=0.8)
+    band = {"color": "lightgray", "zorder": 0, "label": f"{100 * _TOLERANCE:g} % less to more"}
+    axes[_OVERVIEW].fill_between(ends, (1 - _TOLERANCE) * ends, (1 + _TOLERANCE) * ends, **band)
+    axes[_OVERVIEW].set(xscale="log", yscale="log", xlim=ends, ylim=ends, title=_OVERVIEW)
+    axes[_OVERVIEW].set(xlabel="rounds to the target accuracy, paper", ylabel="here")
+    axes[_OVERVIEW].legend(fontsize="x-small")
+    return f"![{_OVERVIEW}]({_save(picture, results_dir, 'tables')})"
 
 
 def _claims_section(measured: Mapping[Row, _Measured], results_dir: pathlib.Path) -> str:
@@ -238,7 +264,7 @@ def _figure_1_section(results_dir: pathlib.Path) -> str:
             axes[panel].axvline(theta, color="lightgray", zorder=0)
         axes[panel].set(title=f"{panel} initialisation", xlabel="mixing weight θ", ylabel="loss on the training set")
         axes[panel].legend()
-    path = _save(figure, results_dir, 1)
+    path = _save(figure, results_dir, "figure_1")
     header = ("initialisation", "", "better parent", "at θ = 0.5", "lowest", "highest between the parents")
     return f"{title}\n\n![Figure 1]({path})\n\n{_markdown(header, rows)}"
 
@@ -291,7 +317,7 @@ def _figure_section(number: int, figure: Figure, results_dir: pathlib.Path) -> s
         if "loss" in figure.metric:
             axes[panel].set_yscale("log")
         axes[panel].legend(fontsize="x-small")
-    path = _save(picture, results_dir, number)
+    path = _save(picture, results_dir, f"figure_{number}")
     return f"{title}\n\n![Figure {number}]({path})\n\n{_markdown(_CURVE_HEADER, rows)}"
 
 
@@ -350,9 +376,9 @@ def _draw(axes, label: str, points: Sequence[tuple[float, float]], color: str, p
     axes.plot(x, y, color=color, label=label, linewidth=1 if paper else 1.6, markersize=3, **style)
 
 
-def _save(figure: matplotlib.figure.Figure, results_dir: pathlib.Path, number: int) -> str:
-    """Writes the picture of a figure; returns its path, relative to RESULTS.md."""
-    path = results_dir / "figures" / f"figure_{number}.png"
+def _save(figure: matplotlib.figure.Figure, results_dir: pathlib.Path, name: str) -> str:
+    """Writes a picture; returns its path, relative to RESULTS.md."""
+    path = results_dir / "figures" / f"{name}.png"
     with replacement(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
     return f"figures/{path.name}"

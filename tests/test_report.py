@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 
+import matplotlib.figure
 import pytest
 
 from binaries import plan, published, report
@@ -108,6 +109,24 @@ def test_table_is_set_as_the_paper_prints_it(results_dir):
     assert row == ("| mnist_2nn | C = 0.5 | - → not run | 75 (4.2x) → not run | - → not run | 443 (7.4x) → not run |")
 
 
+def test_rounds_of_all_tables_are_drawn_over_the_papers(results_dir, tmp_path, monkeypatch):
+    shutil.copytree(results_dir, tmp_path, dirs_exist_ok=True)
+    record(tmp_path, grid_of(FED_AVG_50, 4).run(0.1), [(0, 0.1, ""), (216, 0.96, "")], ended="cap")
+    drawn = []
+
+    def savefig(figure, path, **_):
+        drawn.extend(figure.axes)
+        pathlib.Path(path).touch()
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+    report.write(tmp_path)
+    (axes,) = [axes for axes in drawn if axes.get_title() == "Tables 1 to 4"]
+    points = {line.get_label(): set(zip(*line.get_data())) for line in axes.lines}
+    # FedSGD and FedAvg with B = 10 are in Table 1 and in Table 4.
+    assert points["mnist_2nn iid"] == {(1474, 1500), (1468, 1500), (87, 50), (92, 50)}
+    assert points["mnist_2nn iid, not reached until here"] == {(144, 216)}
+
+
 def test_claims_are_put_to_what_was_run_and_what_contradicts_one_is_named(results_dir, tmp_path):
     shutil.copytree(results_dir, tmp_path, dirs_exist_ok=True)
     record(tmp_path, grid_of(FED_AVG_50, 4).run(0.1), [(0, 0.1, ""), (40, 0.97, "")])  # Before B = 10, with 50.
@@ -140,6 +159,11 @@ def test_grid_that_is_not_finished_and_a_target_that_was_not_reached_are_said(
     assert row[11] == f"{said}; the grid is not finished"
 
 
+def test_report_without_runs_says_so(tmp_path):
+    report.write(tmp_path)
+    assert "Tables 1 to 4: not run" in lines(tmp_path)
+
+
 def test_figures_are_drawn_and_compared_where_the_measured_curve_ends(results_dir):
     # The paper's curve of E = 5 has a marker in round 5, at 0.0627.
     assert cells(results_dir, "iid | E=5", "## Figure 8") == ["iid", "E=5", "0.215", "5", "0.0600", "0.0627"]
@@ -147,7 +171,7 @@ def test_figures_are_drawn_and_compared_where_the_measured_curve_ends(results_di
     assert cells(results_dir, "shared | here", "## Figure 1")[2:] == ["0.4500", "0.4000", "0.4000 at 0.50", "0.5000"]
     assert cells(results_dir, "independent | here", "## Figure 1")[2] == "not run"
     drawn = {path.name for path in (results_dir / "figures").iterdir()}
-    assert drawn == {"figure_1.png", "figure_7.png", "figure_8.png"}
+    assert drawn == {"tables.png", "figure_1.png", "figure_7.png", "figure_8.png"}
 
 
 def test_committed_results_are_what_the_committed_runs_give(tmp_path):
