@@ -48,8 +48,7 @@ def check(
         if mixtures.get(start):
             mean, *parents = np.interp([0.5, 0, 1], *np.array(mixtures[start]).T)
             found[claim][start] = all(sign * mean < sign * parent for parent in parents)
-    baselines = {row: published.baseline(row) for row in rounds}
-    speedups = {row: rounds[baselines[row]] / n for row, n in rounds.items() if baselines[row] in rounds}
+    speedups = published.speedups(rounds)
 
     def compare(claim: Claim, row: Row, **other: object) -> None:
         """Claims that a row has a larger speed-up than the one with another B or partition."""

@@ -158,11 +158,9 @@ def _claims_section(measured: Mapping[Row, _Measured], results_dir: pathlib.Path
 
 
 def _table_section(number: int, measured: Mapping[Row, _Measured], results_dir: pathlib.Path) -> str:
-    speedups = {}
-    for row in measured:
-        baseline = published.baseline(row)
-        here = measured[baseline].rounds if baseline in measured else None
-        speedups[row] = _speedup(baseline.rounds, row.rounds), _speedup(here, measured[row].rounds)
+    paper = published.speedups({row: row.rounds for row in measured if row.rounds})
+    here = published.speedups({row: m.rounds for row, m in measured.items() if m.rounds})
+    speedups = {row: (paper.get(row), here.get(row)) for row in measured}
     printed = {
         row: f"{_dash(row.rounds)}{_in_brackets(speedups[row][0])} → "
         + (_NOT_RUN if measured[row].run is None else f"{_dash(measured[row].rounds)}{_in_brackets(speedups[row][1])}")
@@ -390,10 +388,6 @@ def _evaluations(run: Run, results_dir: pathlib.Path) -> tuple[list[int], list[f
 
 def _config(run: Run, results_dir: pathlib.Path) -> dict:
     return json.loads((run.directory(results_dir) / "config.json").read_text())["settings"]
-
-
-def _speedup(baseline: float | None, rounds: float | None) -> float | None:
-    return baseline / rounds if baseline and rounds else None
 
 
 def _times(speedup: float | None) -> str:

@@ -53,18 +53,25 @@ def test_rounds_are_those_that_the_paper_prints(row, expected):
 
 
 def test_first_row_of_a_column_is_the_baseline_of_the_papers_speedups():
-    baselines = {}
-    for row in published.rows():
-        baselines.setdefault(row.column, row)
+    rounds = {row: row.rounds for row in published.rows() if row.rounds}
 
     def speedup(table, target, cell):
-        row = next(r for r in published.rows() if (r.table, r.target, r.cell) == (table, target, cell))
-        return round(baselines[row.column].rounds / row.rounds, 1)
+        (row,) = [row for row in rounds if (row.table, row.target, row.cell) == (table, target, cell)]
+        return round(published.speedups(rounds)[row], 1)
 
     assert speedup(1, 0.97, Cell("mnist_2nn", "pathological", "fedavg", 1.0, 1, 10)) == 8.6
     assert speedup(2, 0.54, Cell("shakespeare_lstm", "role", "fedavg", 0.1, 5, 10)) == 95.3
     assert speedup(3, 0.85, Cell("cifar_cnn", "iid", "fedavg", 0.1, 5, 50)) == 49.5
     assert speedup(4, 0.97, Cell("mnist_2nn", "iid", "fedavg", 0.1, 20, 10)) == 45.9
+
+
+def test_there_is_no_speedup_where_the_baseline_has_no_rounds():
+    fed_avg, fed_sgd = (
+        next(row for row in published.rows() if (row.table, row.cell.name) == (4, f"mnist_2nn-iid-C0.1-E1-B{B}"))
+        for B in ("10", "inf")
+    )
+    assert published.speedups({fed_avg: 50}) == {}
+    assert published.speedups({fed_avg: 50, fed_sgd: 1500}) == {fed_avg: 30, fed_sgd: 1}
 
 
 def test_cells_are_what_the_tasks_can_run():

@@ -84,9 +84,15 @@ def rows() -> tuple[Row, ...]:
     )
 
 
-def baseline(row: Row) -> Row:
-    """Returns the row over which the paper counts the speed-up of this one: the first of its column."""
-    return next(first for first in rows() if first.column == row.column)
+def speedups(rounds: Mapping[Row, float]) -> dict[Row, float]:
+    """Returns the speed-ups over the first row of a column, as the paper counts them, where that row has rounds.
+
+    Args:
+      rounds: Rounds to the target, the paper's or measured ones, of the rows that reached it.
+    """
+    first = {row.column: row for row in reversed(rows())}
+    baselines = {row: first[row.column] for row in rounds}
+    return {row: rounds[baselines[row]] / n for row, n in rounds.items() if baselines[row] in rounds}
 
 
 @functools.cache
