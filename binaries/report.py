@@ -123,7 +123,8 @@ class _Measured:
 
 def _overview(measured: Mapping[Row, _Measured], results_dir: pathlib.Path) -> str:
     """Draws the rounds of all rows over the paper's; returns the line that shows the picture."""
-    compared = {row: m for row, m in measured.items() if row.rounds and m.run is not None}
+    # Of a grid that is not finished, rates that missed the target say nothing yet.
+    compared = {row: m for row, m in measured.items() if row.rounds and (m.rounds or (m.run and m.complete))}
     if not compared:
         return f"{_OVERVIEW}: {_NOT_RUN}"
     groups = {}
