@@ -3,6 +3,7 @@
 import collections
 import os
 import pathlib
+import signal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -13,6 +14,9 @@ import tensorflow_federated as tff
 
 from tff_fedavg.client_data import ClientDataset, write_client_dataset
 from tff_fedavg.runtime import local_worker
+
+# A shell has its background jobs ignore Ctrl-C, and so would the programs that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NO_SEED = tf.zeros([2], tf.int64)
 NUM_FEATURES = 4
