@@ -129,19 +129,21 @@ def _overview(measured: Mapping[Row, _Measured], results_dir: pathlib.Path) -> s
         return f"{_OVERVIEW}: {_NOT_RUN}"
     groups = {}
     for row, m in compared.items():
-        label = f"{row.cell.task} {row.cell.partition}" + ", not reached until here" * (m.rounds is None)
-        groups.setdefault(label, []).append((row.rounds, m.rounds or m.last_round))
-    picture, axes = _panels([_OVERVIEW])
-    for label, points in groups.items():
-        axes[_OVERVIEW].plot(*zip(*points), "^" if "not reached" in label else "o", markersize=4, label=label)
+        marker, note = ("o", "") if m.rounds else ("^", ", not reached until here")
+        group = f"{row.cell.task} {row.cell.partition}{note}", marker
+        groups.setdefault(group, []).append((row.rounds, m.rounds or m.last_round))
+    picture, panels = _panels([_OVERVIEW])
+    axes = panels[_OVERVIEW]
+    for (label, marker), points in groups.items():
+        axes.plot(*zip(*points), marker, markersize=4, label=label)
     numbers = np.concatenate(list(groups.values()))
     ends = np.array([numbers.min() / 2, 2 * numbers.max()])
-    axes[_OVERVIEW].plot(ends, ends, color="gray", linewidth=0.8)
+    axes.plot(ends, ends, color="gray", linewidth=0.8)
     band = {"color": "lightgray", "zorder": 0, "label": f"{100 * _TOLERANCE:g} % less to more"}
-    axes[_OVERVIEW].fill_between(ends, (1 - _TOLERANCE) * ends, (1 + _TOLERANCE) * ends, **band)
-    axes[_OVERVIEW].set(xscale="log", yscale="log", xlim=ends, ylim=ends, title=_OVERVIEW)
-    axes[_OVERVIEW].set(xlabel="rounds to the target accuracy, paper", ylabel="here")
-    axes[_OVERVIEW].legend(fontsize="x-small")
+    axes.fill_between(ends, (1 - _TOLERANCE) * ends, (1 + _TOLERANCE) * ends, **band)
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, title=_OVERVIEW)
+    axes.set(xlabel="rounds to the target accuracy, paper", ylabel="here")
+    axes.legend(fontsize="x-small")
     return f"![{_OVERVIEW}]({_save(picture, results_dir, 'tables')})"
 
 
