@@ -28,7 +28,7 @@ import time
 from absl import flags, logging
 
 import tasks
-from binaries import program
+from binaries import data_flags, program
 from tff_fedavg.replacement import replacement
 
 _TASKS = flags.DEFINE_list(
@@ -36,9 +36,9 @@ _TASKS = flags.DEFINE_list(
 )
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed rounds of each system.", lower_bound=1)
 _QUICK = flags.DEFINE_bool("quick", False, "Embedded data, 2 clients, one round: only shows that all of it runs.")
-_DATA_DIR = flags.DEFINE_string("data_dir", tasks.DATA_DIR, "As for binaries.train.")
-_CACHE_DIR = flags.DEFINE_string("cache_dir", tasks.CACHE_DIR, "As for binaries.train.")
 _OUTPUT = flags.DEFINE_string("output", None, "A CSV file for the figures.")
+
+flags.adopt_module_key_flags(data_flags)
 
 _BATCH_SIZES = {"cifar_cnn": 50, "stackoverflow_lstm": 8}
 _DEFAULT_BATCH_SIZE = 10
@@ -59,8 +59,7 @@ class Settings:
 
     task: str
     data: str
-    data_dir: str
-    cache_dir: str
+    directories: dict[str, str]
     clients: int
     repeats: int
     numbers_of_clients: tuple[int, ...]
@@ -89,8 +88,7 @@ def _build_task(settings, clients=None):
     task = tasks.build_task(
         settings.task,
         data=settings.data,
-        data_dir=settings.data_dir,
-        cache_dir=settings.cache_dir,
+        **settings.directories,
         partition=entry.partitions[0],
         clients=clients,
         seed=0,
@@ -195,7 +193,7 @@ def _measure_start(settings):
     with tempfile.TemporaryDirectory() as run_dir:
         command = [
             *(sys.executable, "-m", "binaries.train", f"--task={settings.task}", f"--data={settings.data}"),
-            *(f"--data_dir={settings.data_dir}", f"--cache_dir={settings.cache_dir}"),
+            *(f"--{name}={value}" for name, value in settings.directories.items()),
             *("--rounds=1", f"--run_dir={run_dir}"),
         ]
         start = time.monotonic()
@@ -264,8 +262,7 @@ def main() -> None:
             Settings(
                 task=name,
                 data=entry.embedded if _QUICK.value else entry.data[0],
-                data_dir=_DATA_DIR.value,
-                cache_dir=_CACHE_DIR.value,
+                directories=data_flags.directories(),
                 clients=2 if _QUICK.value else 10,
                 repeats=1 if _QUICK.value else _REPEATS.value,
                 numbers_of_clients=(1, 2) if _QUICK.value else (1, 10, 100, 1000),

@@ -16,15 +16,15 @@ class _GivenUpError(Exception):
     """Another rate of the grid is better."""
 
 
-def execute(run: Run, results_dir: pathlib.Path, data_dir: str, cache_dir: str, say: Callable[[str], None]) -> str:
+def execute(run: Run, results_dir: pathlib.Path, say: Callable[[str], None], *, data_dir: str, cache_dir: str) -> str:
     """Runs what is missing of a run.
 
     Args:
       run: The run.
       results_dir: Where the results are.
-      data_dir: As the flag of `binaries.train`.
-      cache_dir: As that flag.
       say: Takes a line of progress.
+      data_dir: As the flag.
+      cache_dir: As the flag.
 
     Returns:
       What came of it, in a line.

@@ -8,10 +8,11 @@ import pathlib
 
 from absl import flags
 
-from binaries import program, task_flags
+from binaries import data_flags, program, task_flags
 
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Where the pictures go; by default pictures/TASK-PARTITION.")
 
+flags.adopt_module_key_flags(data_flags)
 flags.adopt_module_key_flags(task_flags)
 
 
@@ -25,7 +26,7 @@ def main() -> None:
     import tasks
     from binaries import pictures
 
-    task = tasks.build_task(settings.pop("task"), **settings, **task_flags.directories())
+    task = tasks.build_task(settings.pop("task"), **settings, **data_flags.directories())
     print(pictures.summary(task))
     for name in ("examples_per_client", "labels_per_client", "clients"):
         path = output_dir / f"{name}.png"

@@ -39,7 +39,13 @@ def mix(w: Sequence[np.ndarray], v: Sequence[np.ndarray], theta: float) -> list[
 
 
 def execute(
-    panel: str, data: str | None, results_dir: pathlib.Path, data_dir: str, cache_dir: str, say: Callable[[str], None]
+    panel: str,
+    data: str | None,
+    results_dir: pathlib.Path,
+    say: Callable[[str], None],
+    *,
+    data_dir: str,
+    cache_dir: str,
 ) -> str:
     """Trains the parents of a panel, and writes the losses of their mixtures to losses.csv.
 
@@ -47,9 +53,9 @@ def execute(
       panel: One of `PANELS`.
       data: Data source of the task mnist_2nn; None is the paper's.
       results_dir: Where the results are.
-      data_dir: As the flag of `binaries.train`.
-      cache_dir: As that flag.
       say: Takes a line of progress.
+      data_dir: As the flag.
+      cache_dir: As the flag.
 
     Returns:
       What came of it, in a line.

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 
 import tasks
-from binaries import execution, figure_1, plan, pool, program
+from binaries import data_flags, execution, figure_1, plan, pool, program
 
 _TABLE = flags.DEFINE_multi_integer(
     "table", [], "A table of the paper, 1 to 4; may be given several times.", lower_bound=1, upper_bound=4
@@ -45,8 +45,8 @@ _QUICK = flags.DEFINE_boolean(
     "into --results_dir, by default results-quick.",
 )
 _RESULTS_DIR = flags.DEFINE_string("results_dir", None, "Where the results are; by default results.")
-_DATA_DIR = flags.DEFINE_string("data_dir", tasks.DATA_DIR, "As for binaries.train.")
-_CACHE_DIR = flags.DEFINE_string("cache_dir", tasks.CACHE_DIR, "As for binaries.train.")
+
+flags.adopt_module_key_flags(data_flags)
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -160,14 +160,14 @@ def _jobs(
     panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pathlib.Path
 ) -> Iterator[tuple[str, pool.Job]]:
     """Yields what is not done yet, by name; it may be running."""
-    directories = (_DATA_DIR.value, _CACHE_DIR.value)
+    directories = data_flags.directories()
     data = "embedded" if _QUICK.value else None
     for panel in panels:
         if not figure_1.read(results_dir, panel):
-            yield figure_1.name(panel), functools.partial(figure_1.execute, panel, data, results_dir, *directories)
+            yield figure_1.name(panel), functools.partial(figure_1.execute, panel, data, results_dir, **directories)
     for grid in grids:
         for run in grid.progress(results_dir)[1]:
-            yield run.name, functools.partial(execution.execute, run, results_dir, *directories)
+            yield run.name, functools.partial(execution.execute, run, results_dir, **directories)
 
 
 def _task(name: str) -> str:

@@ -13,8 +13,6 @@ _DATA = flags.DEFINE_string(
     "Data source of the task, such as mnist or mnist5k; embedded is the one that comes with the packages. By default "
     "the paper's own.",
 )
-_DATA_DIR = flags.DEFINE_string("data_dir", tasks.DATA_DIR, "Where the data are, or are kept after a download.")
-_CACHE_DIR = flags.DEFINE_string("cache_dir", tasks.CACHE_DIR, "Where the client files are kept.")
 _PARTITION = flags.DEFINE_string(
     "partition",
     None,
@@ -40,8 +38,3 @@ def settings() -> dict[str, Any]:
         "clients": _CLIENTS.value,
         "seed": _SEED.value,
     }
-
-
-def directories() -> dict[str, str]:
-    """Returns where the data and the client files are: `data_dir` and `cache_dir`."""
-    return {flag.name: flag.value for flag in (_DATA_DIR, _CACHE_DIR)}

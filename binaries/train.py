@@ -13,8 +13,9 @@ from typing import Any
 from absl import flags
 
 import tasks
-from binaries import program, task_flags
+from binaries import data_flags, program, task_flags
 
+flags.adopt_module_key_flags(data_flags)
 flags.adopt_module_key_flags(task_flags)
 _CLIENT_FRACTION = flags.DEFINE_float(
     "client_fraction",
@@ -93,7 +94,7 @@ def main() -> None:
         from binaries.progress import ProgressPrinter
 
         with ProgressPrinter(run_dir, settings["rounds"]) as printer:
-            outcome = experiment.run(settings, **task_flags.directories(), run_dir=run_dir, observer=printer)
+            outcome = experiment.run(settings, **data_flags.directories(), run_dir=run_dir, observer=printer)
         print(outcome)
     except KeyboardInterrupt as e:
         raise KeyboardInterrupt(f"interrupted; the same command goes on where {run_dir} stopped") from e

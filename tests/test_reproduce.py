@@ -170,7 +170,7 @@ def test_rate_is_given_up_when_it_can_no_longer_win(tmp_path, fake_training):
     grid = grid_of(CELL, 1)
     record(tmp_path, grid.run(0.215), 40.0)
     said = []
-    execution.execute(grid.run(0.1), tmp_path, "", "", said.append)
+    execution.execute(grid.run(0.1), tmp_path, said.append, data_dir="", cache_dir="")
     outcome = grid.run(0.1).outcome(tmp_path)
     assert (outcome["ended"], outcome["rounds"], outcome["best_accuracy"]) == ("slower", 60, 0.6)  # 1.5 * 40
     assert outcome["rounds_to_target"] is None
@@ -181,14 +181,14 @@ def test_rate_is_given_up_when_it_can_no_longer_win(tmp_path, fake_training):
 
 def test_run_without_a_better_one_goes_to_its_cap(tmp_path, fake_training):
     run = grid_of(CELL, 1).run(0.1)
-    execution.execute(run, tmp_path, "", "", lambda line: None)
+    execution.execute(run, tmp_path, lambda line: None, data_dir="", cache_dir="")
     assert (run.outcome(tmp_path)["ended"], run.outcome(tmp_path)["rounds"]) == ("cap", 138)
 
 
 def test_run_that_diverges_has_an_outcome(tmp_path, monkeypatch, fake_training):
     monkeypatch.setattr(experiment, "run", functools.partial(fake_training, diverges_after=5))
     run = grid_of(CELL, 1).run(0.1)
-    execution.execute(run, tmp_path, "", "", lambda line: None)
+    execution.execute(run, tmp_path, lambda line: None, data_dir="", cache_dir="")
     assert (run.outcome(tmp_path)["ended"], run.outcome(tmp_path)["rounds"]) == ("diverged", 5)
 
 
