@@ -54,7 +54,8 @@ Row = collections.namedtuple("Row", "task measured system seconds cpu_seconds me
 class Settings:
     """How to measure a task; goes to the process that does it.
 
-    `numbers_of_clients` are those of the smallest task's rounds, `test_parts` are evaluated (None: all).
+    `directories` are those of `data_flags`, `numbers_of_clients` those of the smallest task's rounds, `test_parts` are
+    evaluated (None: all).
     """
 
     task: str

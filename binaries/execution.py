@@ -23,8 +23,8 @@ def execute(run: Run, results_dir: pathlib.Path, say: Callable[[str], None], *, 
       run: The run.
       results_dir: Where the results are.
       say: Takes a line of progress.
-      data_dir: As the flag.
-      cache_dir: As the flag.
+      data_dir: As the flag of `binaries.data_flags`.
+      cache_dir: As that flag.
 
     Returns:
       What came of it, in a line.

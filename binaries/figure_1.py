@@ -54,8 +54,8 @@ def execute(
       data: Data source of the task mnist_2nn; None is the paper's.
       results_dir: Where the results are.
       say: Takes a line of progress.
-      data_dir: As the flag.
-      cache_dir: As the flag.
+      data_dir: As the flag of `binaries.data_flags`.
+      cache_dir: As that flag.
 
     Returns:
       What came of it, in a line.
