@@ -28,7 +28,7 @@ import time
 from absl import flags, logging
 
 import tasks
-from binaries import data_flags, program
+from binaries.command_line import data_flags, program
 from tff_fedavg.replacement import replacement
 
 _TASKS = flags.DEFINE_list(

@@ -1,1 +1,1 @@
-"""Command-line programs: flags in, files out."""
+"""Programs: flags in, files out."""

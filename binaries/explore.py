@@ -8,7 +8,7 @@ import pathlib
 
 from absl import flags
 
-from binaries import data_flags, program, task_flags
+from binaries.command_line import data_flags, program, task_flags
 
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Where the pictures go; by default pictures/TASK-PARTITION.")
 
@@ -24,7 +24,7 @@ def main() -> None:
 
     # Last, since they import TensorFlow.
     import tasks
-    from binaries import pictures
+    from tasks import pictures
 
     task = tasks.build_task(settings.pop("task"), **settings, **data_flags.directories())
     print(pictures.summary(task))

@@ -19,7 +19,8 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 
 import tasks
-from binaries import data_flags, execution, figure_1, plan, pool, program
+from binaries.command_line import data_flags, program
+from binaries.reproduction import execution, figure_1, plan, pool
 
 _TABLE = flags.DEFINE_multi_integer(
     "table", [], "A table of the paper, 1 to 4; may be given several times.", lower_bound=1, upper_bound=4

@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 
 import tasks
-from binaries import data_flags, program, task_flags
+from binaries.command_line import data_flags, program, task_flags
 
 flags.adopt_module_key_flags(data_flags)
 flags.adopt_module_key_flags(task_flags)
@@ -90,11 +90,11 @@ def main() -> None:
     print(_description(settings, run_dir), flush=True)
     try:
         # Last, since they import TensorFlow.
-        from binaries import experiment
-        from binaries.progress import ProgressPrinter
+        from binaries.command_line.progress import ProgressPrinter
+        from binaries.experiment import runner
 
         with ProgressPrinter(run_dir, settings["rounds"]) as printer:
-            outcome = experiment.run(settings, **data_flags.directories(), run_dir=run_dir, observer=printer)
+            outcome = runner.run(settings, **data_flags.directories(), run_dir=run_dir, observer=printer)
         print(outcome)
     except KeyboardInterrupt as e:
         raise KeyboardInterrupt(f"interrupted; the same command goes on where {run_dir} stopped") from e

@@ -2,9 +2,9 @@
 
 import pytest
 
-from binaries import claims, published
-from binaries.claims import Claim
-from binaries.published import Cell
+from binaries.reproduction import claims, published
+from binaries.reproduction.claims import Claim
+from binaries.reproduction.published import Cell
 
 ROUNDS = {row: row.rounds for row in published.rows() if row.rounds}
 MIXTURES = {panel: curves["mixture"] for panel, curves in published.curves(1).items()}

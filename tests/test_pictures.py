@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from binaries import pictures
+from tasks import pictures
 from tasks.task import Task
 from tff_fedavg.client_data import ClientDataset, write_client_dataset
 

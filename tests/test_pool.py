@@ -1,4 +1,4 @@
-"""The processes of `binaries.pool`; without TensorFlow, which each of them would import."""
+"""The processes of `binaries.reproduction.pool`; without TensorFlow, which each of them would import."""
 
 import functools
 import os
@@ -7,7 +7,7 @@ import time
 
 import psutil
 
-from binaries import pool
+from binaries.reproduction import pool
 
 CORES = os.sched_getaffinity(0)
 

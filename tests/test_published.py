@@ -1,12 +1,12 @@
-"""The package data of `binaries.published`, against numbers transcribed by hand from the paper."""
+"""The package data of `binaries.reproduction.published`, against numbers transcribed by hand from the paper."""
 
 import math
 
 import pytest
 
 import tasks
-from binaries import published
-from binaries.published import Cell
+from binaries.reproduction import published
+from binaries.reproduction.published import Cell
 
 INF = None
 

@@ -8,9 +8,9 @@ import shutil
 import matplotlib.figure
 import pytest
 
-from binaries import plan, published, report
-from binaries.claims import Claim
-from binaries.published import Cell
+from binaries.reproduction import plan, published, report
+from binaries.reproduction.claims import Claim
+from binaries.reproduction.published import Cell
 
 ROOT = pathlib.Path(__file__).parent.parent
 FED_SGD = Cell("mnist_2nn", "iid", "fedsgd", 0.1, 1, None)

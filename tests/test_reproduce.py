@@ -11,8 +11,9 @@ import time
 import numpy as np
 import pytest
 
-from binaries import execution, experiment, figure_1, plan
-from binaries.published import Cell
+from binaries.experiment import runner
+from binaries.reproduction import execution, figure_1, plan
+from binaries.reproduction.published import Cell
 from tff_fedavg.masked import MaskedCrossentropy
 from tff_fedavg.training import DivergedError, Progress
 
@@ -75,7 +76,7 @@ def test_runs_of_the_same_name_compute_the_same():
 
 
 def test_figures_have_the_papers_rates_and_all_of_its_curves():
-    from binaries import published
+    from binaries.reproduction import published
 
     rates = {
         number: sorted({rate for curve in figure.curves for rate in curve.grid.rates})
@@ -162,7 +163,7 @@ def fake_training(monkeypatch):
                 writer.writerow([t, accuracy, 0.5])
                 observer.update(Progress(t, {"evaluation/accuracy": accuracy}, accuracy))
 
-    monkeypatch.setattr(experiment, "run", train)
+    monkeypatch.setattr(runner, "run", train)
     return train
 
 
@@ -186,7 +187,7 @@ def test_run_without_a_better_one_goes_to_its_cap(tmp_path, fake_training):
 
 
 def test_run_that_diverges_has_an_outcome(tmp_path, monkeypatch, fake_training):
-    monkeypatch.setattr(experiment, "run", functools.partial(fake_training, diverges_after=5))
+    monkeypatch.setattr(runner, "run", functools.partial(fake_training, diverges_after=5))
     run = grid_of(CELL, 1).run(0.1)
     execution.execute(run, tmp_path, lambda line: None, data_dir="", cache_dir="")
     assert (run.outcome(tmp_path)["ended"], run.outcome(tmp_path)["rounds"]) == ("diverged", 5)
@@ -205,7 +206,7 @@ def test_training_loss_is_the_mean_over_the_lines_of_what_is_trained_on():
     """A line's loss is a sum over its symbols, divided by the unroll: here 5; 9 is padding."""
     logits = np.zeros([3, 4, 10], np.float32)  # ln 10 a symbol.
     labels = np.array([[1, 2, 3, 4], [5, 9, 9, 9], [6, 7, 9, 9]])
-    metric = experiment.objective(MaskedCrossentropy(9, 5))
+    metric = runner.objective(MaskedCrossentropy(9, 5))
     metric.update_state(labels[:2], logits[:2])
     metric.update_state(labels[2:], logits[2:])
     assert metric.result().numpy() == pytest.approx(np.log(10) * (4 + 1 + 2) / 5 / 3, rel=1e-6)

@@ -1,6 +1,6 @@
 """RESULTS.md and its pictures: what was measured, beside what the paper has published.
 
-All of it is computed from the files of the runs and from `binaries.published`. What was not run is said to be so.
+All of it is computed from the files of the runs and from `published`. What was not run is said to be so.
 """
 
 import json
@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import matplotlib.figure
 import numpy as np
 
-from binaries import claims, figure_1, plan, published
-from binaries.plan import Curve, Figure, Grid, Run
-from binaries.published import Row
+from binaries.reproduction import claims, figure_1, plan, published
+from binaries.reproduction.plan import Curve, Figure, Grid, Run
+from binaries.reproduction.published import Row
 from tff_fedavg import learning_curve
 from tff_fedavg.replacement import replacement
 

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from binaries.program import first_line
+from binaries.command_line.program import first_line
 
 # TensorFlow and TFF keep some 30 MB of each run in memory: a process is replaced after so many of them.
 _JOBS_PER_PROCESS = 20

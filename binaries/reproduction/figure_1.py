@@ -54,7 +54,7 @@ def execute(
       data: Data source of the task mnist_2nn; None is the paper's.
       results_dir: Where the results are.
       say: Takes a line of progress.
-      data_dir: As the flag of `binaries.data_flags`.
+      data_dir: As the flag of `binaries.command_line.data_flags`.
       cache_dir: As that flag.
 
     Returns:

@@ -13,8 +13,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import tasks
-from binaries import published
-from binaries.published import Cell
+from binaries.reproduction import published
+from binaries.reproduction.published import Cell
 
 SLOWER = 1.5  # A rate is given up at so many times the rounds of another one: it cannot win any more.
 
@@ -212,7 +212,7 @@ def table(number: int, shrunk: bool = False) -> list[Grid]:
 
 @functools.cache
 def figures(shrunk: bool = False) -> Mapping[int, Figure]:
-    """Returns the figures by number, `shrunk` or not as the tables; of Figure 1 see `binaries.figure_1`."""
+    """Returns the figures by number, `shrunk` or not as the tables; of Figure 1 see `figure_1`."""
     if shrunk:
         return {number: _figure_in_small(figure) for number, figure in figures().items()}
     accuracy, train_loss = "evaluation/accuracy", "evaluation/train_loss"

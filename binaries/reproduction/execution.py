@@ -6,8 +6,8 @@ import pathlib
 import sys
 from collections.abc import Callable
 
-from binaries.plan import SLOWER, Run, read_outcome
-from binaries.program import first_line
+from binaries.command_line.program import first_line
+from binaries.reproduction.plan import SLOWER, Run, read_outcome
 from tff_fedavg import learning_curve
 from tff_fedavg.replacement import replacement
 
@@ -23,7 +23,7 @@ def execute(run: Run, results_dir: pathlib.Path, say: Callable[[str], None], *, 
       run: The run.
       results_dir: Where the results are.
       say: Takes a line of progress.
-      data_dir: As the flag of `binaries.data_flags`.
+      data_dir: As the flag of `binaries.command_line.data_flags`.
       cache_dir: As that flag.
 
     Returns:
@@ -33,16 +33,14 @@ def execute(run: Run, results_dir: pathlib.Path, say: Callable[[str], None], *, 
       ValueError: If the data are bad, or the run directory holds another run.
       OSError: If a file cannot be written.
     """
-    from binaries import experiment  # Imports TensorFlow.
+    from binaries.experiment import runner  # Imports TensorFlow.
     from tff_fedavg import training
 
     directory = run.directory(results_dir)
     observer = _Observer(run, directory, say)
     ended = None
     try:
-        experiment.run(
-            run.settings(), data_dir=data_dir, cache_dir=cache_dir, run_dir=str(directory), observer=observer
-        )
+        runner.run(run.settings(), data_dir=data_dir, cache_dir=cache_dir, run_dir=str(directory), observer=observer)
     except training.DivergedError:
         ended = "diverged"
     except _GivenUpError:

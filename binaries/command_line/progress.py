@@ -6,7 +6,7 @@ import time
 
 import tqdm
 
-from binaries.program import first_line
+from binaries.command_line.program import first_line
 from tff_fedavg.learning_curve import ACCURACY_FIELD
 from tff_fedavg.training import Progress
 

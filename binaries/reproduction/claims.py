@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from binaries import published
-from binaries.published import Row
+from binaries.reproduction import published
+from binaries.reproduction.published import Row
 
 _APART = 1.25  # Rounds of the paper's that differ by less are in no order: its own repeats of a cell do.
 

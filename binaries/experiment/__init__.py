@@ -1,0 +1,1 @@
+"""One experiment of the paper: a task trained with an algorithm."""
