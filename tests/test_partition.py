@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -23,6 +25,7 @@ def test_every_partition_is_an_exact_cover_with_no_empty_client(size, seed):
         partition.pathological(labels, k, seed),
         partition.unbalanced_iid(n, k, seed),
         partition.unbalanced_pathological(labels, k, seed),
+        partition.dirichlet(labels, k, seed, alpha=0.5),
     ):
         assert len(clients) == k
         assert min(map(len, clients)) > 0
@@ -72,6 +75,66 @@ def test_unbalanced_sizes_are_log_normal():
         assert abs(skewness) < 0.2
 
 
+@given(sizes_and_clients, st.integers(0, 2**31), st.floats(1e-310, 1e300), st.integers(1, 20))
+def test_dirichlet_clients_have_equally_many_examples_whatever_alpha(size, seed, alpha, num_labels):
+    n, k = size
+    labels = np.random.default_rng(seed).integers(num_labels, size=n) * 7 - 3
+    clients = partition.dirichlet(labels, k, seed, alpha=alpha)
+    assert_exact_cover(clients, n)
+    assert {len(c) for c in clients} <= {n // k, -(-n // k)}
+
+
+UNEVEN = np.repeat(np.arange(4), [6000, 3000, 2000, 1000])
+P = np.array([6, 3, 2, 1]) / 12
+
+
+def label_shares(labels, clients):
+    return np.array([np.bincount(labels[c], minlength=labels.max() + 1) / len(c) for c in clients])
+
+
+def test_a_large_alpha_gives_each_client_the_mix_of_all():
+    shares = label_shares(UNEVEN, partition.dirichlet(UNEVEN, 60, 0, alpha=1e9))
+    # Of 200 examples drawn by p. Four labels of 60 clients; what the clients before a client drew by chance adds to it.
+    assert np.abs((shares - P) / np.sqrt(P * (1 - P) / 200)).max() < 5
+    assert np.std((shares - P) / np.sqrt(P * (1 - P) / 200)) == pytest.approx(1, abs=0.15)
+
+
+def test_a_small_alpha_gives_a_client_one_label_or_two():
+    clients = partition.dirichlet(LABELS, 100, 0, alpha=1e-9)
+    num_labels = np.array([len(set(LABELS[c])) for c in clients])
+    assert (num_labels == 1).mean() > 0.8
+    assert (num_labels <= 2).mean() > 0.95
+
+
+@pytest.mark.parametrize("alpha", [0.3, 2.0, 20.0])
+def test_label_shares_have_the_mean_and_variance_of_a_dirichlet_distribution(alpha):
+    """First, of the first clients of many partitions, where no label has run out; then, of all clients of one."""
+    m = 200
+    # q has the variance p (1 - p) / (alpha + 1); that of m draws by q is added.
+    variance = P * (1 - P) / (alpha + 1) * (1 + alpha / m)
+    first = [partition.dirichlet(UNEVEN, 60, seed, alpha=alpha)[0] for seed in range(600)]
+    shares = label_shares(UNEVEN, first)
+    assert np.abs((shares.mean(0) - P) / np.sqrt(variance / 600)).max() < 4
+    # The relative standard deviation of a variance over 600 samples is sqrt((kurtosis - 1) / 600); kurtosis is below 9.
+    np.testing.assert_allclose(shares.var(0), variance, rtol=0.35)
+    np.testing.assert_allclose(shares.var(0).sum(), variance.sum(), rtol=0.15)
+    everyone = label_shares(np.tile(UNEVEN, 5), partition.dirichlet(np.tile(UNEVEN, 5), 600, 0, alpha=alpha))
+    np.testing.assert_allclose(everyone.mean(0), P)
+    np.testing.assert_allclose(everyone.var(0).sum(), variance.sum(), rtol=0.2)
+
+
+def test_mnist_is_divided_in_less_than_a_second():
+    start = time.perf_counter()
+    partition.dirichlet(LABELS, 100, 0, alpha=1.0)
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize("alpha", [0, -1.0, float("inf"), float("nan"), None, "1"])
+def test_alpha_that_is_no_number_above_0_is_refused(alpha):
+    with pytest.raises(ValueError, match=f"^alpha is {alpha}; it must be a number above 0"):
+        partition.dirichlet(LABELS, 100, 0, alpha=alpha)
+
+
 @pytest.mark.parametrize("name", ["iid", "pathological", "unbalanced_iid", "unbalanced_pathological"])
 def test_partition_by_name_is_that_of_the_function(name):
     expected = getattr(partition, name)(600 if name.endswith("iid") else LABELS[:600], 10, 3)
@@ -79,9 +142,15 @@ def test_partition_by_name_is_that_of_the_function(name):
         np.testing.assert_array_equal(client, indices)
 
 
+def test_dirichlet_partition_by_name_is_that_of_the_function():
+    expected = partition.dirichlet(LABELS[:600], 10, 3, alpha=0.2)
+    by_name = partition.build_partition("dirichlet", LABELS[:600], 10, 3, dirichlet_alpha=0.2)
+    assert all(map(np.array_equal, by_name, expected))
+
+
 def test_partition_of_another_name_is_refused():
-    with pytest.raises(ValueError, match="there is no partition 'dirichlet'"):
-        partition.build_partition("dirichlet", LABELS, 10, 0)
+    with pytest.raises(ValueError, match="there is no partition 'pareto'"):
+        partition.build_partition("pareto", LABELS, 10, 0)
 
 
 def test_same_seed_same_partition_other_seed_other_partition():
@@ -90,6 +159,7 @@ def test_same_seed_same_partition_other_seed_other_partition():
         lambda seed: partition.pathological(LABELS[:600], 10, seed),
         lambda seed: partition.unbalanced_iid(600, 10, seed),
         lambda seed: partition.unbalanced_pathological(LABELS[:600], 10, seed),
+        lambda seed: partition.dirichlet(LABELS[:600], 10, seed, alpha=1.0),
     ):
         first, again, other = build(0), build(0), build(1)
         assert all(np.array_equal(a, b) for a, b in zip(first, again))

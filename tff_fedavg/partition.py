@@ -1,9 +1,10 @@
-"""Partitions: which examples each client holds (Section 3 of the paper, "IID" and "Non-IID").
+"""Partitions: which examples each client holds (Section 3 of the paper, "IID" and "Non-IID"; `dirichlet` is later).
 
 Every function returns a list of K int64 arrays, the example indices of each client. Together they are an exact cover
 of the data set: each example belongs to exactly one client. The same seed gives the same partition.
 """
 
+import numbers
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,14 +16,17 @@ Partition = list[np.ndarray]
 _UNBALANCED_SIGMA = 1.0
 
 
-def build_partition(name: str, labels: np.ndarray, num_clients: int, seed: int) -> Partition:
-    """Makes a partition by its name: "iid", "pathological", "unbalanced_iid" or "unbalanced_pathological".
+def build_partition(
+    name: str, labels: np.ndarray, num_clients: int, seed: int, *, dirichlet_alpha: float | None = None
+) -> Partition:
+    """Makes a partition by its name.
 
     Args:
-      name: Name of a function below.
+      name: Name of a function below: "iid", "pathological", "unbalanced_iid", "unbalanced_pathological", "dirichlet".
       labels: `[n]`, the label of each example.
       num_clients: K.
       seed: Seeds the partition.
+      dirichlet_alpha: The alpha of `dirichlet`, which needs it.
 
     Raises:
       ValueError: If there is no such partition, or it has fewer examples than it needs.
@@ -36,6 +40,8 @@ def build_partition(name: str, labels: np.ndarray, num_clients: int, seed: int) 
             return unbalanced_iid(len(labels), num_clients, seed)
         case "unbalanced_pathological":
             return unbalanced_pathological(labels, num_clients, seed)
+        case "dirichlet":
+            return dirichlet(labels, num_clients, seed, alpha=dirichlet_alpha)
     raise ValueError(f"there is no partition {name!r}")
 
 
@@ -82,6 +88,60 @@ def unbalanced_pathological(
     rng = np.random.default_rng(seed)
     shards = _cut_log_normal(np.argsort(labels, kind="stable"), num_shards, rng)
     return _deal(shards, num_clients, seed)
+
+
+def dirichlet(labels: np.ndarray, num_clients: int, seed: int, *, alpha: float) -> Partition:
+    """Gives each client an equal share of the examples, with labels mixed at random (Hsu, Qi and Brown 2019).
+
+    A client draws its mix of labels q ~ Dir(alpha p), and then its examples one after the other by q, without
+    replacement; when a label has run out, by q over the other labels. The share q of a label has the mean p and the
+    variance p (1 - p) / (alpha + 1): a large alpha makes the clients alike, and with a small one they have a label or
+    two.
+
+    p is the distribution of the labels that are left: for the first client that of all examples. With the same p for
+    all, the last clients would be left with whatever labels chance has spared, however large alpha is.
+
+    Args:
+      labels: `[n]`, the label of each example.
+      num_clients: K.
+      seed: Seeds the mixes and the examples.
+      alpha: Concentration of the mixes, above 0.
+
+    Raises:
+      ValueError: If there are more clients than examples, or alpha is out of range.
+    """
+    _check_counts(len(labels), num_clients, num_clients)
+    if not isinstance(alpha, numbers.Real) or not 0 < alpha < np.inf:
+        raise ValueError(f"alpha is {alpha}; it must be a number above 0")
+    sizes = np.full(num_clients, len(labels) // num_clients)
+    sizes[: len(labels) % num_clients] += 1
+    rng = np.random.default_rng(seed)
+    _, label_ids, left = np.unique(labels, return_inverse=True, return_counts=True)
+    order = rng.permutation(len(labels))
+    pools = np.split(order[np.argsort(label_ids[order], kind="stable")], np.cumsum(left)[:-1])
+    clients = []
+    for size in sizes:
+        log_q = _log_dirichlet(alpha * left / left.sum(), rng)
+        taken = np.zeros_like(left)
+        # In a draw all at once, what exceeds a label is what would have been drawn anew one by one.
+        while missing := size - taken.sum():
+            log_available = np.where(taken < left, log_q, -np.inf)
+            mix = np.exp(log_available - log_available.max())
+            taken = np.minimum(taken + rng.multinomial(missing, mix / mix.sum()), left)
+        clients.append(np.concatenate([pool[n - t : n] for pool, n, t in zip(pools, left, taken)]))
+        left = left - taken
+    return clients
+
+
+def _log_dirichlet(alphas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Returns the logarithms of a sample of Dir(alphas), up to a constant.
+
+    Not with NumPy's `dirichlet`, in which small alphas make all shares but the largest 0. It uses that a Gamma(a)
+    variable is distributed as Gamma(a + 1) U^(1 / a), with U uniform.
+    """
+    # A label that has run out has 0.
+    alphas = np.maximum(alphas, 1e-300)
+    return np.log(rng.gamma(alphas + 1)) - rng.exponential(size=len(alphas)) / alphas
 
 
 def natural(owners: np.ndarray) -> Partition:
