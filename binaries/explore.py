@@ -8,25 +8,27 @@ import pathlib
 
 from absl import flags
 
-from binaries.command_line import data_flags, program, task_flags
+from binaries.command_line import data_flags, experiment_flags, program
+from binaries.experiment import Experiment
 
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Where the pictures go; by default pictures/TASK-PARTITION.")
 
+experiment_flags.define("task", "data", "partition", "clients", "seed")
 flags.adopt_module_key_flags(data_flags)
-flags.adopt_module_key_flags(task_flags)
+flags.adopt_module_key_flags(experiment_flags)
 
 
 def main() -> None:
-    settings = task_flags.settings()
-    output_dir = pathlib.Path(os.path.expanduser(_OUTPUT_DIR.value or "pictures/{task}-{partition}".format(**settings)))
+    experiment = Experiment(**experiment_flags.given())
+    output_dir = pathlib.Path(
+        os.path.expanduser(_OUTPUT_DIR.value or f"pictures/{experiment.task}-{experiment.partition}")
+    )
     output_dir.mkdir(parents=True, exist_ok=True)
-    print(f"pictures of {settings['task']} in {output_dir} (TensorFlow takes some seconds to start)", flush=True)
+    print(f"pictures of {experiment.task} in {output_dir} (TensorFlow takes some seconds to start)", flush=True)
 
-    # Last, since they import TensorFlow.
-    import tasks
-    from tasks import pictures
+    from tasks import pictures  # Last, since it imports TensorFlow.
 
-    task = tasks.build_task(settings.pop("task"), **settings, **data_flags.directories())
+    task = experiment.build_task(**data_flags.directories())
     print(pictures.summary(task))
     for name in ("examples_per_client", "labels_per_client", "clients"):
         path = output_dir / f"{name}.png"

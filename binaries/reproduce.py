@@ -57,7 +57,7 @@ def main() -> None:
         raise ValueError("--list and --report are two commands: give one of them")
     results_dir = pathlib.Path(os.path.expanduser(_RESULTS_DIR.value or "results" + "-quick" * _QUICK.value))
     if _REPORT.value:
-        from binaries import report
+        from binaries.reproduction import report
 
         print(report.write(results_dir, shrunk=_QUICK.value))
         return

@@ -102,7 +102,7 @@ def test_resumed_run_gives_bit_equal_weights_and_evaluates_the_rounds_asked_for(
     process = build(model, dataset)
 
     def run(path, total_rounds):
-        directory = RunDirectory(path, {}, may_differ=())
+        directory = RunDirectory(path)
         state = training.train(
             process,
             directory,

@@ -27,7 +27,7 @@ def record(results_dir, run, rows, ended="target", date="2017-04-20"):
         writer = csv.writer(file)
         writer.writerow(["round_num", "evaluation/accuracy", "evaluation/train_loss"])
         writer.writerows(rows)
-    (directory / "config.json").write_text(json.dumps({"settings": run.settings()}))
+    (directory / "config.json").write_text(json.dumps({"settings": run.experiment.to_json()}))
     accuracies = [row[1] for row in rows]
     outcome = {
         "ended": ended,

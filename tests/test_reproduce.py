@@ -1,6 +1,7 @@
 """Which runs `binaries.reproduce` plans, how it runs them, and the program as a user runs it."""
 
 import csv
+import dataclasses
 import functools
 import json
 import pathlib
@@ -11,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from binaries.experiment import runner
+from binaries.experiment import process, runner
 from binaries.reproduction import execution, figure_1, plan
 from binaries.reproduction.published import Cell
 from tff_fedavg.masked import MaskedCrossentropy
@@ -67,10 +68,10 @@ def test_evaluations_are_every_round_or_about_a_hundred():
 
 def test_runs_of_the_same_name_compute_the_same():
     """Else a cell that two tables or figures share would be refused as a run with other settings."""
-    settings = {}
+    experiments = {}
     for run in all_runs():
-        chosen = {name: value for name, value in run.settings().items() if name not in ("rounds", "target_accuracy")}
-        assert settings.setdefault(run.name, chosen) == chosen
+        chosen = dataclasses.replace(run.experiment, rounds=1, target_accuracy=None)
+        assert experiments.setdefault(run.name, chosen) == chosen
     names = {run.name for run in all_runs() if run.grid.cell == CELL}
     assert "mnist_2nn-iid-C0.1-E1-B10/eta0.1" in names
 
@@ -150,13 +151,13 @@ def test_seconds_left_follow_the_clients_and_the_local_epochs(tmp_path):
 def fake_training(monkeypatch):
     """Replaces the training by one that gains an accuracy of 0.01 a round, and may diverge."""
 
-    def train(settings, *, run_dir, observer, diverges_after=10**9, **_):
+    def train(experiment, run_dir, *, observer, diverges_after=10**9, **_):
         directory = pathlib.Path(run_dir)
         directory.mkdir(parents=True)
         with open(directory / "metrics.csv", "w", newline="", buffering=1) as file:
             writer = csv.writer(file)
             writer.writerow(["round_num", "evaluation/accuracy", "training_time_in_seconds"])
-            for t in range(settings["rounds"] + 1):
+            for t in range(experiment.rounds + 1):
                 if t > diverges_after:
                     raise DivergedError("diverged")
                 accuracy = min(0.01 * t, 0.96)
@@ -206,7 +207,7 @@ def test_training_loss_is_the_mean_over_the_lines_of_what_is_trained_on():
     """A line's loss is a sum over its symbols, divided by the unroll: here 5; 9 is padding."""
     logits = np.zeros([3, 4, 10], np.float32)  # ln 10 a symbol.
     labels = np.array([[1, 2, 3, 4], [5, 9, 9, 9], [6, 7, 9, 9]])
-    metric = runner.objective(MaskedCrossentropy(9, 5))
+    metric = process.objective(MaskedCrossentropy(9, 5))
     metric.update_state(labels[:2], logits[:2])
     metric.update_state(labels[2:], logits[2:])
     assert metric.result().numpy() == pytest.approx(np.log(10) * (4 + 1 + 2) / 5 / 3, rel=1e-6)

@@ -51,19 +51,19 @@ def saved_weights(run_dir, round_number):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--task=mnist_3nn", "--task=mnist_3nn: value should be one of <"),
-        ("--task=cifar_cnn", "data is embedded, but no package comes with data for cifar_cnn: leave it out"),
-        ("--data=mnist6k", "data is 'mnist6k': mnist_2nn takes mnist, mnist5k"),
-        ("--partition=dirichlet", "partition is 'dirichlet': mnist_2nn takes iid, pathological"),
-        ("--client_fraction=1.5", "--client_fraction=1.5"),
-        ("--local_epochs=0", "--local_epochs=0"),
-        ("--batch_size=-1", "--batch_size=-1"),
-        ("--learning_rate=-0.1", "--learning_rate=-0.1: eta must be a number above 0"),
-        ("--learning_rate=nan", "--learning_rate=nan: eta must be a number above 0"),
-        ("--learning_rate_decay=0", "--learning_rate_decay=0.0: the factor must be above 0"),
-        ("--learning_rate_decay=1.01", "--learning_rate_decay=1.01: the factor must be above 0"),
-        ("--clients=0", "--clients=0"),
-        ("--seed=-1", "--seed=-1"),
+        ("--task=mnist_3nn", "--task=mnist_3nn: take one of cifar_cnn, "),
+        ("--task=cifar_cnn", "--data is embedded, but no package comes with data for cifar_cnn: leave it out"),
+        ("--data=mnist6k", "--data is 'mnist6k': mnist_2nn takes mnist, mnist5k"),
+        ("--partition=dirichlet", "--partition is 'dirichlet': mnist_2nn takes iid, pathological"),
+        ("--client_fraction=1.5", "--client_fraction=1.5: take a number from 0 to 1"),
+        ("--local_epochs=0", "--local_epochs=0: take an integer from 1 to 1,000,000"),
+        ("--batch_size=-1", "--batch_size=-1: take an integer from 0 to "),
+        ("--learning_rate=-0.1", "--learning_rate=-0.1: take a number above 0"),
+        ("--learning_rate=nan", "--learning_rate=nan: take a number above 0"),
+        ("--learning_rate_decay=0", "--learning_rate_decay=0.0: take a number above 0, at most 1"),
+        ("--learning_rate_decay=1.01", "--learning_rate_decay=1.01: take a number above 0, at most 1"),
+        ("--clients=0", "--clients=0: take an integer from 1 to "),
+        ("--seed=-1", "--seed=-1: take an integer from 0 to "),
         ("--rounds=many", "--rounds=many"),
         ("--epochs=5", "Unknown command line flag 'epochs'"),
         ("rounds=5", "unknown argument 'rounds=5'"),
@@ -90,12 +90,24 @@ def test_flags_are_read_from_a_flag_file(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--algorithm=fedsgd", "--local_epochs=5"], "--algorithm=fedsgd has E = 1 and B = inf: leave it out"),
-        (["--algorithm=fedsgd", "--batch_size=10"], "--algorithm=fedsgd has E = 1 and B = inf: leave it out"),
-        (["--algorithm=sgd", "--client_fraction=0.1"], "--algorithm=sgd has all data in one place: leave it out"),
-        (["--algorithm=sgd", "--local_epochs=1"], "--algorithm=sgd has all data in one place: leave it out"),
+        (
+            ["--algorithm=fedsgd", "--local_epochs=5"],
+            "--local_epochs=5 needs --algorithm=fedavg: give that, or leave",
+        ),
+        (
+            ["--algorithm=fedsgd", "--batch_size=10"],
+            "--batch_size=10 needs --algorithm=fedavg or sgd: give that",
+        ),
+        (
+            ["--algorithm=sgd", "--client_fraction=0.1"],
+            "--client_fraction=0.1 needs --algorithm=fedavg or fedsgd: ",
+        ),
+        (
+            ["--algorithm=sgd", "--local_epochs=1"],
+            "--local_epochs=1 needs --algorithm=fedavg: give that",
+        ),
         (["--algorithm=sgd", "--batch_size=0"], "--algorithm=sgd takes minibatches"),
-        (["--decay_every=10"], "--decay_every needs --learning_rate_decay"),
+        (["--decay_every=10"], "--decay_every=10 needs --learning_rate_decay: give that, or leave it out"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(tmp_path, flags, message):
@@ -179,6 +191,18 @@ def test_another_flag_for_the_same_run_directory_is_refused_by_name(finished_run
     expected = "holds a run with learning_rate=0.1, not 0.2: give another run_dir to start a new run"
     assert result.stderr == f"train: run_dir={run_dir} {expected}\n"
     assert metrics(run_dir) == rows
+
+
+def test_run_directory_alone_goes_on_with_its_run_and_what_is_given_has_to_agree(finished_run):
+    run_dir, first = finished_run
+    flags = ["--data=embedded", f"--cache_dir={run_dir.parent}/cache", f"--run_dir={run_dir}"]
+    program = [sys.executable, "-m", "binaries.train", *flags]
+    again = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert again.stdout.splitlines()[0] == first.stdout.splitlines()[0]
+    assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+    other = subprocess.run([*program, "--algorithm=fedsgd"], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (other.returncode, other.stdout) == (2, "")
+    assert "holds a run with algorithm=fedavg, not fedsgd: give another run_dir" in other.stderr
 
 
 def test_run_that_is_interrupted_killed_and_resumed_ends_bit_equal(finished_run):

@@ -24,7 +24,7 @@ class Run:
         self.rounds = []
 
     def to(self, total_rounds, **changes):
-        directory = RunDirectory(self.path, {}, may_differ=())
+        directory = RunDirectory(self.path)
         arguments = {
             "training_selection_fn": build_sampling_fn(6, 0.5, seed=0),
             "evaluate": lambda weights: {"accuracy": float(np.abs(weights.trainable[0]).mean())},

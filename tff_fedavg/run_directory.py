@@ -6,11 +6,12 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tff_fedavg.replacement import replacement
 
+_CONFIG_JSON = "config.json"
 _PACKAGES = ("tensorflow", "tensorflow-federated", "keras", "numpy", "jaxlib")
 
 
@@ -25,24 +26,20 @@ class RunDirectory:
       learning_curve_png: Test accuracy over rounds.
     """
 
-    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], *, may_differ: Collection[str]):
+    def __init__(self, path: str | os.PathLike[str]):
         """Makes or opens the directory, and holds its lock until the process ends.
 
         Args:
           path: The directory.
-          settings: What the run depends on, as JSON values.
-          may_differ: Names of settings that may differ from those of the run that the directory holds.
 
         Raises:
-          ValueError: If the directory cannot be written, is in use, or holds a run with other settings.
+          ValueError: If the directory cannot be written, is in use, or its config.json is damaged.
         """
         self.path = pathlib.Path(path)
         self.metrics_csv = self.path / "metrics.csv"
         self.tensorboard = self.path / "tensorboard"
         self.states = self.path / "states"
         self.learning_curve_png = self.path / "learning_curve.png"
-        self._config_json = self.path / "config.json"
-        self._settings = json.loads(json.dumps(settings))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")
@@ -52,46 +49,48 @@ class RunDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             raise ValueError(f"run_dir={self.path} is in use by another run") from e
-        self._config = self._read_config()
-        found = self._config.get("settings", self._settings)
-        for name in sorted(found.keys() | self._settings.keys()):
-            if name not in may_differ and found.get(name) != self._settings.get(name):
-                raise ValueError(
-                    f"run_dir={self.path} holds a run with {name}={found.get(name)}, not {self._settings.get(name)}: "
-                    "give another run_dir to start a new run"
-                )
+        self._config = read_config(self.path)
 
-    def start(self, checksums: Mapping[str, str]) -> None:
+    def start(self, settings: Mapping[str, Any], checksums: Mapping[str, str]) -> None:
         """Writes config.json, when the data have turned out to be good: until then the directory holds no run.
 
         Args:
+          settings: What the run depends on, as JSON values.
           checksums: SHA-256 of the data files, by file name.
 
         Raises:
           ValueError: If the directory holds a run on other data, or cannot be written.
         """
-        found = self._config.get("data_checksums", checksums)
+        found = (self._config or {}).get("data_checksums", checksums)
         for name in sorted(found.keys() | checksums.keys()):
             if found.get(name) != checksums.get(name):
                 raise ValueError(f"run_dir={self.path} holds a run on other data: {name} differs")
         versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
         config = {
-            "settings": self._settings,
+            "settings": dict(settings),
             "data_checksums": dict(checksums),
             "versions": {"python": sys.version.split()[0], **versions},
         }
+        path = self.path / _CONFIG_JSON
         try:
-            with replacement(self._config_json) as temporary:
+            with replacement(path) as temporary:
                 temporary.write_text(json.dumps(config, indent=2) + "\n")
         except OSError as e:
-            raise ValueError(f"{self._config_json} cannot be written: {e.strerror}") from e
+            raise ValueError(f"{path} cannot be written: {e.strerror}") from e
 
-    def _read_config(self) -> dict[str, Any]:
-        if not self._config_json.exists():
-            return {}
-        try:
-            config = json.loads(self._config_json.read_text())
-            config["settings"].keys()
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{self._config_json} is damaged: give another run_dir, or remove this one") from e
-        return config
+
+def read_config(run_dir: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Reads the configuration of a run: its "settings", "data_checksums" and "versions"; None if there is none.
+
+    Raises:
+      ValueError: If config.json is damaged.
+    """
+    path = pathlib.Path(run_dir) / _CONFIG_JSON
+    if not path.exists():
+        return None
+    try:
+        config = json.loads(path.read_text())
+        config["settings"].keys()
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path} is damaged: give another run_dir, or remove this one") from e
+    return config

@@ -40,7 +40,7 @@ def execute(run: Run, results_dir: pathlib.Path, say: Callable[[str], None], *, 
     observer = _Observer(run, directory, say)
     ended = None
     try:
-        runner.run(run.settings(), data_dir=data_dir, cache_dir=cache_dir, run_dir=str(directory), observer=observer)
+        runner.run(run.experiment, directory, data_dir=data_dir, cache_dir=cache_dir, observer=observer)
     except training.DivergedError:
         ended = "diverged"
     except _GivenUpError:

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import tasks
+from binaries.experiment import Experiment
 from binaries.reproduction import published
 from binaries.reproduction.published import Cell
 
@@ -138,28 +138,27 @@ class Run:
         """
         return read_outcome(self.directory(results_dir))
 
-    def settings(self) -> dict[str, Any]:
-        """Returns the flags of `binaries.train`, by name."""
-        grid, cell, entry = self.grid, self.grid.cell, tasks.TASKS[self.grid.cell.task]
+    @property
+    def experiment(self) -> Experiment:
+        """What the run computes."""
+        grid, cell = self.grid, self.grid.cell
         factor, decay_every = grid.decay or (None, None)
-        return {
-            "task": cell.task,
-            "data": entry.embedded if grid.shrunk else entry.data[0],
-            "partition": cell.partition,
-            "clients": None,
-            "seed": 0,
-            "client_fraction": 0.0 if grid.shrunk else cell.C,
-            "local_epochs": min(cell.E, 2) if grid.shrunk else cell.E,
-            "batch_size": cell.B or 0,
-            "rounds": grid.rounds,
-            "eval_every": grid.eval_every,
-            "learning_rate": self.learning_rate,
-            "learning_rate_decay": factor,
-            "decay_every": decay_every,
-            "algorithm": cell.algorithm,
-            "target_accuracy": 1.0 if grid.target is None else grid.target,
-            "eval_train": grid.eval_train or None,
-        }
+        return Experiment(
+            task=cell.task,
+            data="embedded" if grid.shrunk else None,
+            partition=cell.partition,
+            algorithm=cell.algorithm,
+            client_fraction=0.0 if grid.shrunk else cell.C,
+            local_epochs=min(cell.E, 2) if grid.shrunk else cell.E,
+            batch_size=cell.B or 0,
+            learning_rate=self.learning_rate,
+            learning_rate_decay=factor,
+            decay_every=decay_every,
+            rounds=grid.rounds,
+            eval_every=grid.eval_every,
+            eval_train=grid.eval_train,
+            target_accuracy=1.0 if grid.target is None else grid.target,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,13 +3,13 @@
 All of it is computed from the files of the runs and from `published`. What was not run is said to be so.
 """
 
-import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.figure
 import numpy as np
 
+from binaries.experiment import Experiment
 from binaries.reproduction import claims, figure_1, plan, published
 from binaries.reproduction.plan import Curve, Figure, Grid, Run
 from binaries.reproduction.published import Row
@@ -238,7 +238,7 @@ def _details(
         *map(_times, speedups),
         f"{measured.run.learning_rate:g}",
         ", ".join(f"{run.learning_rate:g}" for run in measured.runs),
-        str(_config(measured.run, results_dir)["seed"]),
+        str(Experiment.read(measured.run.directory(results_dir)).seed),
         measured.run.outcome(results_dir)["date"],
         "; ".join(notes),
     )
@@ -387,10 +387,6 @@ def _save(figure: matplotlib.figure.Figure, results_dir: pathlib.Path, name: str
 
 def _evaluations(run: Run, results_dir: pathlib.Path) -> tuple[list[int], list[float]]:
     return learning_curve.evaluations(learning_curve.read_metrics(run.directory(results_dir) / "metrics.csv"))
-
-
-def _config(run: Run, results_dir: pathlib.Path) -> dict:
-    return json.loads((run.directory(results_dir) / "config.json").read_text())["settings"]
 
 
 def _times(speedup: float | None) -> str:

@@ -1,0 +1,76 @@
+"""What an experiment trains with: its learning process, what each round takes, and its evaluation."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import tensorflow as tf
+import tensorflow_federated as tff
+
+import tff_fedavg
+from binaries.experiment.record import Experiment
+from tasks.task import Task
+
+# Updates of SGD between two lines of metrics and of progress: a second or a few.
+_UPDATES_PER_CALL = 20
+
+
+def build_evaluate(
+    experiment: Experiment, task: Task, model: tff.learning.models.FunctionalModel
+) -> Callable[[tff.learning.models.ModelWeights], Mapping[str, float]]:
+    """Returns the evaluation on the test set; with `eval_train` also f(w) (Equation 1), as "train_loss"."""
+    fed_eval = tff_fedavg.build_fed_eval(model, task.test)
+    test_parts = list(range(task.test.num_clients))
+    if not experiment.eval_train:
+        return lambda weights: fed_eval(weights, test_parts)
+    train_model = dataclasses.replace(task, metrics={"loss": lambda: objective(task.loss)}).build_model(experiment.seed)
+    train_eval = tff_fedavg.build_fed_eval(train_model, task.train)
+    clients = sorted(range(task.train.num_clients), key=lambda k: -task.train.num_examples[k])
+    return lambda weights: {**fed_eval(weights, test_parts), "train_loss": train_eval(weights, clients)["loss"]}
+
+
+def objective(loss: tf.keras.losses.Loss) -> tf.keras.metrics.Metric:
+    """Returns f(w) (Equation 1), the mean over the examples of the loss that is trained on, as a metric.
+
+    The metric "loss" of a task of texts is another one: it is per symbol, and not per line.
+    """
+
+    def losses(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+        return loss.call(tf.cast(labels, tf.int32), logits)  # Keras hands the labels to a metric as float32.
+
+    return tf.keras.metrics.MeanMetricWrapper(losses, name="loss")
+
+
+def build_process(
+    experiment: Experiment, task: Task, model: tff.learning.models.FunctionalModel
+) -> tuple[tff.learning.templates.LearningProcess | tff_fedavg.CentralizedSGD, Callable[[int], Any]]:
+    """Returns the process, and what it takes for each round."""
+    learning_rate = experiment.learning_rate
+    if experiment.learning_rate_decay:
+        learning_rate = tf.keras.optimizers.schedules.ExponentialDecay(
+            learning_rate, experiment.decay_every, experiment.learning_rate_decay, staircase=True
+        )
+    arguments = {"learning_rate": learning_rate, "seed": experiment.seed}
+    if experiment.algorithm == "sgd":
+        process = tff_fedavg.CentralizedSGD(model, task.train, batch_size=experiment.batch_size, **arguments)
+        return process, lambda first_update: _num_updates(first_update, experiment)
+    if experiment.algorithm == "fedsgd":
+        process = tff_fedavg.build_fed_sgd(model, task.train, **arguments)
+    else:
+        process = tff_fedavg.build_fed_avg(
+            model,
+            task.train,
+            epochs=experiment.local_epochs,
+            batch_size=experiment.batch_size or None,
+            **arguments,
+        )
+    sample = tff_fedavg.build_sampling_fn(task.train.num_clients, experiment.client_fraction, experiment.seed)
+    # The largest first: no core is left waiting for a large client that started last.
+    return process, lambda t: sorted(sample(t), key=lambda k: -task.train.num_examples[k])
+
+
+def _num_updates(first_update: int, experiment: Experiment) -> int:
+    """Returns how many updates of SGD, counted from 1, are run from this one to the next evaluation, or progress."""
+    before = first_update - 1
+    to_evaluation = experiment.eval_every - before % experiment.eval_every
+    return min(to_evaluation, experiment.rounds - before, _UPDATES_PER_CALL)

@@ -1,0 +1,196 @@
+"""The record of an experiment: defaults, ranges, config.json, and the runs in `results/`. Without TensorFlow."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import tasks
+from binaries.experiment import Experiment
+from binaries.experiment.record import SETTINGS
+from binaries.reproduction import plan
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "results").rglob("config.json"))
+
+
+def write(run_dir, settings):
+    (run_dir / "config.json").write_text(json.dumps({"settings": settings}))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "C", "E", "B", "rounds", "eval_every"),
+    [("fedavg", 0.1, 5, 10, 100, 1), ("fedsgd", 0.1, 1, 0, 100, 1), ("sgd", None, None, 100, 10_000, 100)],
+)
+def test_defaults_are_those_of_the_algorithm(algorithm, C, E, B, rounds, eval_every):
+    experiment = Experiment(algorithm=algorithm)
+    assert (experiment.client_fraction, experiment.local_epochs, experiment.batch_size) == (C, E, B)
+    assert (experiment.rounds, experiment.eval_every) == (rounds, eval_every)
+    # What is its default may be said too.
+    assert Experiment(algorithm=algorithm, client_fraction=C, local_epochs=E, batch_size=B) == experiment
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_defaults_are_those_of_the_task(task):
+    entry, experiment = tasks.TASKS[task], Experiment(task=task)
+    assert experiment.data == entry.data[0]
+    assert experiment.partition == entry.partitions[0]
+    assert experiment.learning_rate == entry.learning_rate
+    assert (experiment.clients, experiment.target_accuracy) == (None, None)
+    assert (experiment.seed, experiment.algorithm, experiment.eval_train) == (0, "fedavg", False)
+    assert (experiment.learning_rate_decay, experiment.decay_every) == (None, None)
+    if entry.embedded:
+        assert Experiment(task=task, data="embedded").data == entry.embedded
+
+
+def test_eta_decays_every_round_unless_told_otherwise():
+    assert Experiment(learning_rate_decay=0.99).decay_every == 1
+    assert Experiment(learning_rate_decay=0.99, decay_every=10).decay_every == 10
+
+
+def test_values_have_the_type_of_their_field():
+    experiment = Experiment(learning_rate=1, client_fraction=0, target_accuracy=1)
+    values = (experiment.learning_rate, experiment.client_fraction, experiment.target_accuracy)
+    assert [type(value) for value in values] == [float] * 3
+
+
+OUT_OF_RANGE = [
+    ("task", ["mnist_3nn", 1]),
+    ("data", ["mnist6k", 1]),
+    ("partition", ["dirichlet", 1]),
+    ("clients", [0, -1, 2**31, 1.5, "10", True]),
+    ("seed", [-1, 2**31, 0.5]),
+    ("algorithm", ["fedprox", 1]),
+    ("client_fraction", [-0.1, 1.1, math.nan, math.inf, "0.1", True]),
+    ("local_epochs", [0, 1_000_001, 1.5]),
+    ("batch_size", [-1, 2**31, 0.5]),
+    ("learning_rate", [0, -0.1, math.nan, math.inf, 1e39, 10**400]),
+    ("learning_rate_decay", [0, 1.01, math.nan]),
+    ("rounds", [0, 2**31, "20"]),
+    ("eval_every", [0, 2**31]),
+    ("eval_train", [1, "true"]),
+    ("target_accuracy", [-0.1, 1.01, math.nan]),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in OUT_OF_RANGE for value in values])
+def test_what_is_out_of_range_is_refused_in_one_line_that_names_the_flag(name, value):
+    with pytest.raises(ValueError) as error:
+        Experiment(**{name: value})
+    assert str(error.value).startswith(f"--{name}") and "\n" not in str(error.value)
+    assert str(value) in str(error.value)
+    assert "take" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [0, 2**31])
+def test_rounds_between_decays_have_a_range_too(value):
+    with pytest.raises(ValueError, match=f"^--decay_every={value}: take an integer from 1 to 2,147,483,647$"):
+        Experiment(learning_rate_decay=0.99, decay_every=value)
+
+
+def test_ranges_of_all_fields_are_tested():
+    assert {name for name, _ in OUT_OF_RANGE} | {"decay_every"} == SETTINGS.keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(algorithm="fedsgd", local_epochs=5), "--local_epochs=5 needs --algorithm=fedavg: give that, or leave"),
+        (dict(algorithm="fedsgd", batch_size=10), "--batch_size=10 needs --algorithm=fedavg or sgd: give that, or "),
+        (dict(algorithm="sgd", client_fraction=0.1), "--client_fraction=0.1 needs --algorithm=fedavg or fedsgd: give"),
+        (dict(algorithm="sgd", local_epochs=1), "--local_epochs=1 needs --algorithm=fedavg: give that, or leave it "),
+        (dict(algorithm="sgd", batch_size=0), "--batch_size=0: --algorithm=sgd takes minibatches, give their size"),
+        (dict(decay_every=10), "--decay_every=10 needs --learning_rate_decay: give that, or leave it out"),
+        (dict(task="cifar_cnn", data="embedded"), "--data is embedded, but no package comes with data for cifar_cnn"),
+        (dict(task="cifar_cnn", partition="role"), "--partition is 'role': cifar_cnn takes iid"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_in_one_line(settings, message):
+    with pytest.raises(ValueError) as error:
+        Experiment(**settings)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        Experiment(),
+        Experiment(task="cifar_cnn", algorithm="sgd", learning_rate_decay=0.9934, decay_every=500),
+        Experiment(task="shakespeare_lstm", data="embedded", partition="role", eval_train=True, target_accuracy=1),
+        Experiment(clients=7, seed=3, client_fraction=0, batch_size=0, rounds=2, eval_every=2, learning_rate=1e-3),
+    ],
+)
+def test_what_is_written_to_config_json_is_read_from_it(tmp_path, experiment):
+    write(tmp_path, experiment.to_json())
+    assert Experiment.read(tmp_path) == experiment
+
+
+def test_without_config_json_there_is_no_experiment(tmp_path):
+    assert Experiment.read(tmp_path) is None
+
+
+def test_what_an_older_config_json_lacks_has_its_default(tmp_path):
+    write(tmp_path, {"task": "cifar_cnn", "algorithm": "sgd", "eval_train": None})
+    assert Experiment.read(tmp_path) == Experiment(task="cifar_cnn", algorithm="sgd")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"momentum": 0.9}, "holds a run with momentum, which this version does not know"),
+        ({"rounds": 0}, "holds a run that this version does not take: --rounds=0: take an integer from 1"),
+    ],
+)
+def test_config_json_that_this_version_does_not_take_is_refused_in_one_line(tmp_path, settings, message):
+    write(tmp_path, settings)
+    with pytest.raises(ValueError) as error:
+        Experiment.read(tmp_path)
+    assert str(error.value).startswith(f"run_dir={tmp_path} {message}") and "\n" not in str(error.value)
+
+
+def test_run_goes_on_with_another_end_only():
+    held = Experiment(data="embedded", local_epochs=20, rounds=5)
+    changes = {"rounds": 9, "target_accuracy": 1.0, "eval_every": 3}
+    assert held.go_on("run", changes) == dataclasses.replace(held, **changes)
+    assert held.go_on("run", {"data": "embedded", "local_epochs": 20}) == held
+    assert {name for name, setting in SETTINGS.items() if setting.may_differ} == changes.keys()
+    for name, value in (("seed", 1), ("algorithm", "fedsgd"), ("task", "mnist_cnn"), ("eval_train", True)):
+        with pytest.raises(ValueError) as error:
+            held.go_on("run", {name: value})
+        assert str(error.value) == (
+            f"run_dir=run holds a run with {name}={getattr(held, name)}, not {value}: give another run_dir to start a "
+            "new run"
+        )
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.parent.relative_to(ROOT / "results")))
+def test_experiments_of_the_results_are_read_and_go_on_as_they_are(path):
+    settings = json.loads(path.read_text())["settings"]
+    experiment = Experiment.read(path.parent)
+    older = {"eval_train": settings.get("eval_train") or False}  # Is missing, or null where it is false.
+    assert experiment.to_json() == {**settings, **older}
+    assert experiment.go_on(path.parent, experiment.to_json()) == experiment
+
+
+def test_runs_of_the_plan_among_the_results_go_on_with_the_plans_experiments():
+    grids = [grid for number in (1, 2, 3, 4) for grid in plan.table(number)]
+    grids += [curve.grid for figure in plan.figures().values() for curve in figure.curves]
+    results, found = ROOT / "results", set()
+    for grid in grids:
+        for run in (run for runs in grid.progress(results) for run in runs):
+            directory = run.directory(results)
+            if held := Experiment.read(directory):
+                found.add(directory / "config.json")
+                assert held.go_on(directory, run.experiment.to_json()) == run.experiment
+    assert found == {path for path in CONFIGS if (results / "runs") in path.parents}
+
+
+@pytest.mark.parametrize("module", ["explore", "reproduce", "train", "reproduction.report", "reproduction.execution"])
+def test_programs_and_the_report_are_imported_without_tensorflow(module):
+    code = f"import sys, binaries.{module}; print('tensorflow' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"
