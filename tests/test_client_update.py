@@ -20,6 +20,11 @@ def run(fn, *args):
     return tff.tensorflow.computation(fn)(*args)
 
 
+def weights_of(model):
+    """The initial weights, in a graph."""
+    return tff.learning.models.ModelWeights(*tf.nest.map_structure(tf.constant, model.initial_weights))
+
+
 def batch_fn(arrays):
     return lambda indices, seed: (tf.gather(arrays["x"], indices), tf.gather(tf.cast(arrays["y"], tf.int32), indices))
 
@@ -28,7 +33,7 @@ def update(model, arrays, epochs=1, batch_size=10, learning_rate=0.1):
     return run(
         lambda: client_update(
             model,
-            [tf.constant(w) for w in model.initial_weights[0]],
+            weights_of(model),
             tf.constant(len(arrays["y"])),
             batch_fn(arrays),
             epochs=epochs,
@@ -87,7 +92,7 @@ def test_client_gradient_is_the_gradient_over_all_examples_by_hand(worker, model
     gradient, loss_sum = run(
         lambda: client_gradient(
             model,
-            [tf.constant(w) for w in model.initial_weights[0]],
+            weights_of(model),
             tf.constant(n),
             batch_fn(arrays),
             seed=tf.constant(SEED),
@@ -112,7 +117,7 @@ def test_every_batch_is_augmented_with_its_own_seed_in_every_epoch(worker, model
     weights, _ = run(
         lambda: client_update(
             model,
-            [tf.constant(w) for w in model.initial_weights[0]],
+            weights_of(model),
             tf.constant(7),
             noisy_batch_fn,
             epochs=2,
@@ -154,7 +159,7 @@ def test_a_step_descends_along_the_gradient_of_repeated_embeddings(worker, embed
 
     def step():
         batch = tf.constant(x, tf.int32), tf.constant(y, tf.int32)
-        return sgd_step(embedding_model, [tf.constant(w) for w in weights], batch, 0.5)
+        return sgd_step(embedding_model, weights_of(embedding_model), batch, 0.5, tf.constant(SEED))
 
     result, loss = run(step)
 
@@ -176,10 +181,10 @@ def test_a_step_computes_nothing_of_the_size_of_the_embeddings(embedding_model):
 
     @tff.tensorflow.computation
     def step():
-        weights = [tf.constant(w) for w in embedding_model.initial_weights[0]]
+        weights = weights_of(embedding_model)
         operations = set(tf.compat.v1.get_default_graph().get_operations())
         batch = tf.constant([[1, 7, 1]]), tf.constant([0])
-        result, _ = sgd_step(embedding_model, weights, batch, 0.5)
+        result, _ = sgd_step(embedding_model, weights, batch, 0.5, tf.constant(SEED))
         new = set(tf.compat.v1.get_default_graph().get_operations()) - operations
         shapes.extend(o.type for o in new for t in o.outputs if t.shape == [10, 2])
         return tuple(result)
@@ -195,7 +200,7 @@ def test_client_gradient_has_the_shapes_of_the_weights_that_are_embeddings_too(e
     def gradient(num_examples):
         x, y = tf.constant([[1, 7, 1], [7, 7, 3]]), tf.constant([0, 2])
         batch_fn = lambda indices, seed: (tf.gather(x, indices), tf.gather(y, indices))  # noqa: E731
-        arguments = [tf.constant(w) for w in weights], num_examples, batch_fn
+        arguments = weights_of(embedding_model), num_examples, batch_fn
         return tuple(client_gradient(embedding_model, *arguments, seed=tf.constant(SEED))[0])
 
     assert [list(t.shape) for t in gradient.type_signature.result] == [list(w.shape) for w in weights]

@@ -1,6 +1,17 @@
 """Federated Averaging (McMahan et al., AISTATS 2017) on TensorFlow Federated."""
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tff_fedavg.centralized import CentralizedSGD as CentralizedSGD
+    from tff_fedavg.client_data import ClientDataset as ClientDataset
+    from tff_fedavg.evaluation import build_fed_eval as build_fed_eval
+    from tff_fedavg.fed_avg import build_fed_avg as build_fed_avg
+    from tff_fedavg.fed_avg import build_fed_sgd as build_fed_sgd
+    from tff_fedavg.functional_model import functional_model_from_keras as functional_model_from_keras
+    from tff_fedavg.runtime import local_worker as local_worker
+    from tff_fedavg.sampling import build_sampling_fn as build_sampling_fn
 
 _MODULES = {
     "CentralizedSGD": "centralized",
@@ -9,6 +20,7 @@ _MODULES = {
     "build_fed_eval": "evaluation",
     "build_fed_sgd": "fed_avg",
     "build_sampling_fn": "sampling",
+    "functional_model_from_keras": "functional_model",
     "local_worker": "runtime",
 }
 
@@ -20,3 +32,7 @@ def __getattr__(name: str):
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

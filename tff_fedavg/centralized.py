@@ -8,7 +8,7 @@ import tensorflow_federated as tff
 
 from tff_fedavg.client_data import ClientDataset
 from tff_fedavg.client_update import sgd_step
-from tff_fedavg.fed_avg import LearningRate, check_learning_rate
+from tff_fedavg.fed_avg import LearningRate, check_model_and_data, traced_learning_rate
 
 
 class CentralizedSGD:
@@ -30,19 +30,21 @@ class CentralizedSGD:
         """Builds the process.
 
         Args:
-          model: The model, as `tff.learning.models.functional_model_from_keras` makes it.
+          model: The model, as `functional_model_from_keras` makes it.
           client_dataset: The client files.
           batch_size: B, examples per update; the paper has 100. The last minibatch of an epoch is smaller when B does
             not divide the number of examples.
           learning_rate: eta; a schedule is a function of the number of finished updates.
-          seed: Seeds the order of the examples, a new one in each epoch, and their augmentation.
+          seed: Seeds the order of the examples, a new one in each epoch, their augmentation and random layers.
 
         Raises:
+          TypeError: If an argument has another type.
           ValueError: If an argument is out of range, or there are no examples.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size (B) is {batch_size}; it must be at least 1")
-        check_learning_rate(learning_rate)
+        learning_rate = traced_learning_rate(learning_rate)
+        check_model_and_data(model, client_dataset)
         self._model = model
         self._client_dataset = client_dataset
         self._batch_size = batch_size
@@ -51,17 +53,19 @@ class CentralizedSGD:
         if not self._num_examples:
             raise ValueError(f"{client_dataset.directory} has no examples")
 
-        # Functional Keras models work in graphs only, and not in a `tf.function` called from outside of one.
+        # A session, since a call of it costs less than one of a `tf.function`.
         with tf.Graph().as_default():
-            weights = [tf.compat.v1.placeholder(w.dtype, w.shape) for w in model.initial_weights[0]]
+            weights = tf.nest.map_structure(
+                lambda w: tf.compat.v1.placeholder(w.dtype, w.shape),
+                tff.learning.models.ModelWeights(*model.initial_weights),
+            )
             records = tf.compat.v1.placeholder(tf.uint8, [None, client_dataset.record_bytes])
             update_number = tf.compat.v1.placeholder(tf.int64, [])
-            augmentation_seed = tf.compat.v1.placeholder(tf.int64, [2])
-            batch = client_dataset.batch(records, tf.range(tf.shape(records)[0]), augmentation_seed)
-            rate = learning_rate(update_number) if callable(learning_rate) else learning_rate
-            self._update = tf.compat.v1.Session().make_callable(
-                sgd_step(model, weights, batch, rate), [*weights, records, update_number, augmentation_seed]
-            )
+            step_seed = tf.compat.v1.placeholder(tf.int64, [2])
+            batch = client_dataset.batch(records, tf.range(tf.shape(records)[0]), step_seed)
+            step = sgd_step(model, weights, batch, learning_rate(update_number), step_seed)
+            inputs = [*tf.nest.flatten(weights), records, update_number, step_seed]
+            self._update = tf.compat.v1.Session().make_callable(step, inputs)
 
     def initialize(self) -> tff.learning.templates.LearningAlgorithmState:
         """Returns the initial state. It counts the finished updates as `client_work`."""
@@ -87,11 +91,12 @@ class CentralizedSGD:
           num_examples) and "finalizer" (update_non_finite: 1 if a weight is no longer finite).
         """
         first = int(state.client_work)
-        weights = state.global_model_weights.trainable
+        weights, non_trainable = state.global_model_weights.trainable, state.global_model_weights.non_trainable
         losses, sizes = [], []
         for update_number in range(first, first + num_updates):
             indices, seed = self._minibatch(update_number)
-            weights, loss = self._update(*weights, self._client_dataset.gather(indices), update_number, seed)
+            records = self._client_dataset.gather(indices)
+            weights, loss = self._update(*weights, *non_trainable, records, update_number, seed)
             losses.append(loss)
             sizes.append(len(indices))
         new_state = state._replace(

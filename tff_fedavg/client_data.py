@@ -10,27 +10,39 @@ A federated computation is handed client *ids*, and reads the files where it run
 as arguments costs more time than training on them.
 """
 
+import atexit
 import collections
 import hashlib
+import inspect
 import json
+import operator
 import os
 import pathlib
 import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import tensorflow as tf
+import tensorflow_federated as tff
 import tqdm
+
+from tff_fedavg import columns
+from tff_fedavg.traced import TracedFunction
 
 _FORMAT_VERSION = 1
 _CHECKSUM_CHUNK = 1 << 24
 _OFFSET_BYTES = 8
+_MODEL_COLUMNS = ({"x", "y"}, {"x", "y", "sample_weight"})
 
-PreprocessFn = Callable[[Mapping[str, tf.Tensor], tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+# (x, y) or (x, y, sample_weight); x and y may be nested.
+Batch = tuple[Any, ...]
+PreprocessFn = Callable[[Mapping[str, tf.Tensor], tf.Tensor], Batch | Mapping[str, Any]]
+
+_PARTS_OF_A_BATCH = ("x", "y", "sample_weight")
 
 
 class ClientDataset:
@@ -41,7 +53,7 @@ class ClientDataset:
       element_spec: Ordered mapping from feature name to the `tf.TensorSpec` of one stored example.
       num_examples: int64 `[K]`, n_k of every client.
       record_bytes: Size of one stored example.
-      preprocess_fn: Maps a batch of stored examples and a seed to the `(x, y)` that the model takes.
+      preprocess_fn: Maps a batch of stored examples to what the model takes.
     """
 
     def __init__(self, directory: str | os.PathLike[str], preprocess_fn: PreprocessFn):
@@ -49,12 +61,18 @@ class ClientDataset:
 
         Args:
           directory: The directory.
-          preprocess_fn: Maps a batch of stored examples (mapping from feature name to a tensor `[batch, ...]`) and a
-            seed (int64 `[2]`, for stateless random augmentation) to `(x, y)`. Runs in the graph.
+          preprocess_fn: Maps a batch of stored examples (mapping from feature name to a tensor `[batch, ...]`) and, if
+            it has a second argument, a seed (int64 `[2]`, for random augmentation) to `(x, y)` or
+            `(x, y, sample_weight)`, or to a mapping with these names. x may be any nest of tensors. Runs in the graph:
+            it is traced once, here, as a `tf.function`; variables that it uses keep the values that they have now.
 
         Raises:
-          ValueError: If a file is missing, has the wrong size or the wrong checksum.
+          TypeError: If an argument is of another type.
+          ValueError: If a file is missing, has the wrong size or the wrong checksum, or preprocess_fn does not fit.
         """
+        if not isinstance(directory, (str, os.PathLike)):
+            raise columns.wrong_type("directory", directory, "the path of client files")
+        _check_preprocess_fn(preprocess_fn)
         self.directory = pathlib.Path(directory).absolute()
         self.preprocess_fn = preprocess_fn
         try:
@@ -74,6 +92,91 @@ class ClientDataset:
         self.record_bytes = sum(_num_bytes(spec) for spec in self.element_spec.values())
         self._offsets = np.fromfile(self.directory / "offsets.bin", "<i8")
         self.num_examples = np.diff(self._offsets)
+        self._preprocess = _trace(preprocess_fn, self.element_spec)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        clients: Iterable[Mapping[str, Any]] | Mapping[str, Any],
+        preprocess_fn: PreprocessFn | None = None,
+        *,
+        client_column: str | None = None,
+        directory: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """Writes client files from arrays in memory, and opens them.
+
+        Args:
+          clients: The columns of each client, as for `write_client_dataset`. With `client_column`, the columns of all
+            clients in one mapping.
+          preprocess_fn: As for the constructor. By default the columns are "x", "y" and, if need be, "sample_weight",
+            and go to the model as they are.
+          client_column: Name of the column that says whose an example is, by strings or other values that can be
+            sorted. It is not stored: client k has the k-th of its distinct values, as `np.unique` gives them.
+          directory: Where the files are kept, made if need be; by default they are removed when the program ends.
+
+        Raises:
+          TypeError: If an argument is of another type.
+          ValueError: As `write_client_dataset`; or if the clients, or what the model gets, cannot be told from the
+            columns.
+        """
+        if isinstance(clients, Mapping):
+            if client_column is None:
+                raise ValueError(
+                    "client_column is missing: it names the column of clients that says whose an example is"
+                )
+            clients = columns.split_by_client(clients, client_column)
+        elif not isinstance(clients, (list, tuple, Iterator)):
+            raise columns.wrong_type("clients", clients, "a list with the columns of each client")
+        elif client_column is not None:
+            raise ValueError(f"client_column is {client_column!r}, but clients is divided already: leave it out")
+        return cls._write(clients, preprocess_fn, directory)
+
+    @classmethod
+    def from_client_data(
+        cls,
+        client_data: tff.simulation.datasets.ClientData,
+        preprocess_fn: PreprocessFn | None = None,
+        *,
+        directory: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """Writes client files from a `ClientData` of TFF, one client at a time, and opens them.
+
+        Args:
+          client_data: The clients; client k is `client_data.client_ids[k]`. Its elements are mappings, which name the
+            columns, or tuples, whose parts become the columns "x", "y" and "sample_weight".
+          preprocess_fn: As for `from_arrays`.
+          directory: As for `from_arrays`.
+
+        Raises:
+          TypeError: If an argument is of another type.
+          ValueError: As `from_arrays`; or if the elements are neither mappings of tensors nor tuples of them.
+        """
+        if not isinstance(client_data, tff.simulation.datasets.ClientData):
+            raise columns.wrong_type("client_data", client_data, "a tff.simulation.datasets.ClientData")
+        num_clients = len(client_data.client_ids)
+        return cls._write(columns.read_client_data(client_data), preprocess_fn, directory, num_clients)
+
+    @classmethod
+    def _write(
+        cls,
+        clients: Iterable[Mapping[str, Any]],
+        preprocess_fn: PreprocessFn | None,
+        directory: str | os.PathLike[str] | None,
+        num_clients: int | None = None,
+    ) -> Self:
+        if preprocess_fn is None:
+            clients, preprocess_fn = _with_model_columns(clients), _as_they_are
+        _check_preprocess_fn(preprocess_fn)
+        if directory is None:
+            # Until the end, since a process that was built on the files outlives this object.
+            directory = tempfile.mkdtemp(prefix="tff_fedavg-")
+            atexit.register(shutil.rmtree, directory, ignore_errors=True)
+        write_client_dataset(directory, clients, num_clients=num_clients)
+        try:
+            return cls(directory, preprocess_fn)
+        except BaseException:
+            _remove_files(directory)
+            raise
 
     @property
     def num_clients(self) -> int:
@@ -81,14 +184,38 @@ class ClientDataset:
         return len(self.num_examples)
 
     @property
-    def batch_spec(self) -> tuple[tf.TensorSpec, tf.TensorSpec]:
-        """Specs of the batches `(x, y)` that `batch` returns, with an open first dimension."""
-        batched = collections.OrderedDict(
-            (name, tf.TensorSpec([None, *spec.shape], spec.dtype)) for name, spec in self.element_spec.items()
-        )
-        seed = tf.TensorSpec([2], tf.int64)
-        outputs = tf.function(self.preprocess_fn).get_concrete_function(batched, seed).structured_outputs
-        return tuple(tf.TensorSpec(t.shape, t.dtype) for t in outputs)
+    def batch_spec(self) -> Batch:
+        """Specs of the batches that `batch` returns, with an open first dimension."""
+        return self._preprocess.output_spec
+
+    def check_client_ids(self, client_ids: Iterable[int]) -> list[int]:
+        """Returns client ids as plain ints.
+
+        Args:
+          client_ids: One or more integers in `[0, K)`: a list, range, array, eager tensor, ...
+
+        Raises:
+          TypeError: If it is something else.
+          ValueError: If it is empty, or an id is out of range.
+        """
+        try:
+            given = list(client_ids)
+        except TypeError as e:
+            raise TypeError(f"client_ids is {client_ids!r}: it takes a list of integers, such as [0]") from e
+        if not given:
+            raise ValueError("client_ids is empty: it takes at least one client")
+        checked = []
+        for client_id in given:
+            value = client_id.numpy() if hasattr(client_id, "numpy") else client_id
+            try:
+                if isinstance(value, (bool, np.bool_)):  # An integer to Python.
+                    raise TypeError("it is a bool")
+                checked.append(operator.index(value))
+            except TypeError as e:
+                raise TypeError(f"client_ids has {value!r}: it takes integers") from e
+            if not 0 <= checked[-1] < self.num_clients:
+                raise ValueError(f"client_ids has {value}, but the clients are 0 to {self.num_clients - 1}")
+        return checked
 
     def read(self, client_id: tf.Tensor) -> tf.Tensor:
         """Reads P_k, in the graph.
@@ -112,8 +239,8 @@ class ClientDataset:
         content = tf.cond(end > begin, read_examples, lambda: tf.constant(b""))
         return tf.reshape(tf.io.decode_raw(content, tf.uint8), [-1, self.record_bytes])
 
-    def batch(self, records: tf.Tensor, indices: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns the preprocessed batch `(x, y)` of some rows of what `read` gave.
+    def batch(self, records: tf.Tensor, indices: tf.Tensor, seed: tf.Tensor) -> Batch:
+        """Returns the preprocessed batch of some rows of what `read` gave: `(x, y)`, or `(x, y, sample_weight)`.
 
         Args:
           records: uint8 `[n, record_bytes]`.
@@ -126,10 +253,12 @@ class ClientDataset:
         for name, spec in self.element_spec.items():
             content = rows[:, column : column + _num_bytes(spec)]
             column += _num_bytes(spec)
-            if spec.dtype != tf.uint8:
+            if spec.dtype == tf.bool:
+                content = tf.cast(content, tf.bool)
+            elif spec.dtype != tf.uint8:
                 content = tf.bitcast(tf.reshape(content, [-1, *spec.shape, spec.dtype.size]), spec.dtype)
             features[name] = tf.reshape(content, [-1, *spec.shape])
-        return self.preprocess_fn(features, seed)
+        return self._preprocess(features, seed, seed=seed)
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
         """Reads examples of all clients by their places in the file, outside any graph.
@@ -153,54 +282,107 @@ class ClientDataset:
 
 
 def write_client_dataset(
-    directory: str | os.PathLike[str], clients: Iterable[Mapping[str, np.ndarray]], *, num_clients: int | None = None
+    directory: str | os.PathLike[str], clients: Iterable[Mapping[str, Any]], *, num_clients: int | None = None
 ) -> None:
-    """Writes client files into an existing, empty directory. Holds one client in memory at a time.
+    """Writes client files. Holds one client in memory at a time; leaves no files when it fails.
 
     Args:
-      directory: The directory.
-      clients: For client 0, 1, ... a mapping from feature name to an array `[n_k, ...]`. All clients have the same
-        names, dtypes and trailing shapes; n_k may be 0.
+      directory: The directory, made if need be.
+      clients: For client 0, 1, ... a mapping from the names of columns to arrays `[n_k, ...]`, tensors, or lists of
+        numbers (int64 or float64, as NumPy makes them). All clients have the same names, dtypes and trailing shapes;
+        n_k may be 0, and an empty list fits any dtype and shape. A dtype is bool, an integer, float16, bfloat16,
+        float32, float64 or complex.
       num_clients: Length of `clients`, for the progress bar.
 
     Raises:
-      ValueError: If there is no client, or the features of the clients do not agree.
+      TypeError: If a client is not a mapping from strings.
+      ValueError: If there is no client, a column cannot be stored, a client's columns are not those of the clients
+        before it, or the directory has client files.
     """
     directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        file = open(directory / "examples.bin", "xb")
+    except FileExistsError as e:
+        raise ValueError(
+            f"{directory} has client files: open them with ClientDataset(directory, preprocess_fn), or remove them"
+        ) from e
+    try:
+        with file:
+            # The bar shows only when the work takes longer than `delay` seconds.
+            offsets, features = _write_examples(
+                file,
+                tqdm.tqdm(
+                    clients,
+                    "preparing client files",
+                    num_clients,
+                    unit=" clients",
+                    delay=2,
+                    disable=not sys.stderr.isatty(),
+                ),
+            )
+        np.asarray(offsets, "<i8").tofile(directory / "offsets.bin")
+        manifest = {
+            "format_version": _FORMAT_VERSION,
+            "num_clients": len(offsets) - 1,
+            "num_examples": offsets[-1],
+            "features": [
+                {"name": name, "dtype": dtype.base.name, "shape": list(dtype.shape)} for name, dtype in features.items()
+            ],
+            "crc32": {name: _crc32(directory / name) for name in ("examples.bin", "offsets.bin")},
+        }
+        (directory / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    except BaseException:
+        _remove_files(directory)
+        raise
+
+
+def _remove_files(directory: str | os.PathLike[str]) -> None:
+    for name in ("examples.bin", "offsets.bin", "manifest.json"):
+        (pathlib.Path(directory) / name).unlink(missing_ok=True)
+
+
+def _write_examples(file: BinaryIO, clients: Iterable[Mapping[str, Any]]) -> tuple[list[int], dict[str, np.dtype]]:
+    """Returns the offsets of the clients, and of each feature the dtype, with the shape in it."""
     offsets = [0]
-    record_dtype = None
-    with open(directory / "examples.bin", "wb") as file:
-        # The bar shows only when the work takes longer than `delay` seconds.
-        for arrays in tqdm.tqdm(
-            clients, "preparing client files", num_clients, unit=" clients", delay=2, disable=not sys.stderr.isatty()
-        ):
-            dtype = np.dtype([(name, a.dtype.newbyteorder("<"), a.shape[1:]) for name, a in arrays.items()])
-            sizes = {len(a) for a in arrays.values()}
-            if record_dtype not in (None, dtype) or len(sizes) != 1:
+    features: dict[str, np.dtype | None] = {}
+    for k, client in enumerate(clients):
+        arrays = columns.to_arrays(client, f"client {k}")
+        features = features or dict.fromkeys(arrays)
+        if arrays.keys() != features.keys():
+            raise ValueError(
+                f"client {k} has the columns {columns.listed(arrays)}, but those before it have "
+                f"{columns.listed(features)}: all need the same"
+            )
+        for name, array in arrays.items():
+            if array is None:
+                continue
+            dtype = np.dtype((array.dtype.newbyteorder("<"), array.shape[1:]))
+            if features[name] not in (None, dtype):
                 raise ValueError(
-                    f"client {len(offsets) - 1} has the features {dtype} with {sizes} examples; "
-                    f"all clients need {record_dtype or 'features'} of one length"
+                    f"client {k}, column {name!r}, has examples of {_description(dtype)}, but those before it have "
+                    f"{_description(features[name])}: all need the same"
                 )
-            record_dtype = dtype
-            records = np.empty(sizes.pop(), dtype)
+            features[name] = dtype
+        num_examples = max(0 if array is None else len(array) for array in arrays.values())
+        if num_examples:
+            records = np.empty(num_examples, list(features.items()))
             for name, array in arrays.items():
                 records[name] = array
             file.write(records.tobytes())
-            offsets.append(offsets[-1] + len(records))
-    if record_dtype is None:
+        offsets.append(offsets[-1] + num_examples)
+    if not features:
         raise ValueError("a client dataset needs at least one client, got none")
-    np.asarray(offsets, "<i8").tofile(directory / "offsets.bin")
-    manifest = {
-        "format_version": _FORMAT_VERSION,
-        "num_clients": len(offsets) - 1,
-        "num_examples": offsets[-1],
-        "features": [
-            {"name": name, "dtype": field[0].base.name, "shape": list(field[0].shape)}
-            for name, field in record_dtype.fields.items()
-        ],
-        "crc32": {name: _crc32(directory / name) for name in ("examples.bin", "offsets.bin")},
-    }
-    (directory / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    if unknown := [name for name, dtype in features.items() if dtype is None]:
+        raise ValueError(
+            f"column {unknown[0]!r} is an empty list in every client, which has no dtype: make it, for example, "
+            "np.zeros([0], np.float32)"
+        )
+    return offsets, features
+
+
+def _description(dtype: np.dtype) -> str:
+    return f"{dtype.base.name} {list(dtype.shape)}"
 
 
 def prepare_client_dataset(
@@ -251,6 +433,51 @@ def prepare_client_dataset(
     except OSError as e:
         raise OSError(f"the client files could not be written to {cache_dir}: {e.strerror}") from e
     return ClientDataset(directory, preprocess_fn)
+
+
+def _as_they_are(example: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
+    return example
+
+
+def _with_model_columns(clients: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Yields the clients, after a look at the first one's columns."""
+    for k, client in enumerate(clients):
+        if k == 0 and isinstance(client, Mapping) and client.keys() not in _MODEL_COLUMNS:
+            raise ValueError(
+                "preprocess_fn is missing: without it the columns are 'x', 'y' and, if need be, 'sample_weight'; "
+                f"here they are {columns.listed(client)}"
+            )
+        yield client
+
+
+def _check_preprocess_fn(preprocess_fn: PreprocessFn) -> None:
+    if not callable(preprocess_fn):
+        raise columns.wrong_type("preprocess_fn", preprocess_fn, "a function from a batch of examples to (x, y)")
+
+
+def _trace(preprocess_fn: PreprocessFn, element_spec: Mapping[str, tf.TensorSpec]) -> TracedFunction:
+    """Traces preprocess_fn as a function of features and a seed that returns a batch as a tuple."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = [p for p in inspect.signature(preprocess_fn).parameters.values() if p.kind in positional]
+    takes_seed = len([p for p in parameters if p.default is p.empty]) > 1
+
+    def preprocess(features, seed):
+        batch = preprocess_fn(features, seed) if takes_seed else preprocess_fn(features)
+        if isinstance(batch, Mapping) and {"x", "y"} <= batch.keys() <= {*_PARTS_OF_A_BATCH}:
+            batch = tuple(batch[name] for name in _PARTS_OF_A_BATCH if name in batch)
+        if not isinstance(batch, (tuple, list)) or not 2 <= len(batch) <= 3:
+            raise ValueError(
+                f"it must return (x, y) or (x, y, sample_weight), or a mapping of these, but got {batch!r}"
+            )
+        for tensor in tf.nest.flatten(batch):
+            if tf.convert_to_tensor(tensor).shape.rank == 0:
+                raise ValueError(f"it must return tensors [batch, ...], not {tensor!r}")
+        return tuple(batch)
+
+    features = collections.OrderedDict(
+        (name, tf.TensorSpec([None, *spec.shape], spec.dtype)) for name, spec in element_spec.items()
+    )
+    return TracedFunction("preprocess_fn", preprocess, [features, tf.TensorSpec([2], tf.int64)])
 
 
 def _read_bytes(path: pathlib.Path, begin: tf.Tensor, length: int | tf.Tensor) -> tf.Tensor:

@@ -1,26 +1,35 @@
 """ClientUpdate(k, w) of Algorithm 1, and the client's half of FedSGD, as plain TensorFlow functions."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from tff_fedavg.functional_model import KerasFunctionalModel
+
+# The trainable weights, or a gradient by them.
 Weights = Sequence[tf.Tensor]
-Batch = tuple[tf.Tensor, tf.Tensor]
+ModelWeights = tff.learning.models.ModelWeights
+Batch = tuple[Any, ...]
 BatchFn = Callable[[tf.Tensor, tf.Tensor], Batch]
+
+# With it, the seed of a step gives another one for what the model draws than for the augmentation of its batch.
+_OF_THE_MODEL = 1
 
 
 def client_update(
     model: tff.learning.models.FunctionalModel,
-    weights: Weights,
+    weights: ModelWeights,
     num_examples: tf.Tensor,
     batch_fn: BatchFn,
     *,
     epochs: int,
     batch_size: int | None,
-    learning_rate: float | tf.Tensor,
+    learning_rate: float | tf.Tensor | None,
     seed: tf.Tensor,
+    optimizer: tff.learning.optimizers.Optimizer | None = None,
+    proximal_strength: float = 0.0,
 ) -> tuple[Weights, tf.Tensor]:
     """Runs E epochs of minibatch SGD on one client.
 
@@ -34,42 +43,63 @@ def client_update(
 
     Args:
       model: The model; supplies the loss l(w; b), the mean over the examples of a batch.
-      weights: w, the trainable weights that the server sent.
+      weights: w, as the server sent it. Weights that are not trainable stay as they are.
       num_examples: int32 scalar n_k. With 0 the weights come back unchanged.
       batch_fn: Maps int32 indices `[batch]` into P_k, and a seed (int64 `[2]`) for random augmentation, to the batch
-        `(x, y)`.
+        `(x, y)` or `(x, y, sample_weight)`.
       epochs: E.
       batch_size: B; None is the paper's B = inf, all of P_k in one batch.
-      learning_rate: eta.
-      seed: Integer `[2]`, such as from `minibatch_seed`; decides how P_k is split, and seeds the augmentation.
+      learning_rate: eta. Of an optimizer it takes the place of its own rate; None leaves it that.
+      seed: Integer `[2]`, such as from `minibatch_seed`; decides how P_k is split, and seeds the augmentation and the
+        model's random layers.
+      optimizer: Takes the place of SGD in the last line; it starts anew in each ClientUpdate.
+      proximal_strength: mu of FedProx (Li et al. 2020): a loss of mu / 2 |w - w_t|^2 is added, w_t being the weights
+        that the server sent.
 
     Returns:
-      The new weights, and the float32 scalar sum of l(w; b) over all examples that SGD saw (E n_k of them).
+      The new trainable weights, and the float32 scalar sum of l(w; b) over all examples that SGD saw (E n_k of them).
     """
     order = tf.random.experimental.stateless_shuffle(tf.range(num_examples), seed)
     batch_size = tf.maximum(num_examples if batch_size is None else batch_size, 1)
     batches_per_epoch = (num_examples + batch_size - 1) // batch_size
+    if optimizer is None and proximal_strength:
+        optimizer = tff.learning.optimizers.build_sgdm()
 
-    def next_batch(step, loss_sum, weights):
+    def next_batch(step, loss_sum, w, optimizer_state):
         start = step % batches_per_epoch * batch_size
-        batch = order[start : start + batch_size]
+        indices = order[start : start + batch_size]
         step_seed = tf.random.experimental.stateless_fold_in(seed, step)
-        weights, loss = sgd_step(model, weights, batch_fn(batch, step_seed), learning_rate)
-        return step + 1, loss_sum + loss * tf.cast(tf.size(batch), tf.float32), weights
+        batch = batch_fn(indices, step_seed)
+        current = ModelWeights(w, weights.non_trainable)
+        if optimizer is None:
+            w, loss = sgd_step(model, current, batch, learning_rate, step_seed)
+        else:
+            loss, gradient = loss_and_gradient(model, current, batch, step_seed)
+            gradient = _dense(gradient, w)
+            if proximal_strength:
+                gradient = [g + proximal_strength * (v - v_t) for g, v, v_t in zip(gradient, w, weights.trainable)]
+            optimizer_state, w = optimizer.next(optimizer_state, tuple(w), tuple(gradient))
+        return step + 1, loss_sum + loss * tf.cast(tf.size(indices), tf.float32), list(w), optimizer_state
 
-    _, loss_sum, weights = tf.while_loop(
-        lambda step, *_: step < epochs * batches_per_epoch, next_batch, (0, tf.constant(0.0), list(weights))
+    _, loss_sum, w, _ = tf.while_loop(
+        lambda step, *_: step < epochs * batches_per_epoch,
+        next_batch,
+        (0, tf.constant(0.0), list(weights.trainable), _optimizer_state(optimizer, weights, learning_rate)),
     )
-    return weights, loss_sum
+    return w, loss_sum
 
 
 def sgd_step(
-    model: tff.learning.models.FunctionalModel, weights: Weights, batch: Batch, learning_rate: float | tf.Tensor
+    model: tff.learning.models.FunctionalModel,
+    weights: ModelWeights,
+    batch: Batch,
+    learning_rate: float | tf.Tensor,
+    seed: tf.Tensor,
 ) -> tuple[Weights, tf.Tensor]:
-    """Returns the weights w - eta grad l(w; b), and the float32 scalar loss l(w; b)."""
+    """Returns the trainable weights w - eta grad l(w; b), and the float32 scalar loss l(w; b)."""
     # The gradient of eta l(w; b): one product with a scalar instead of one with the gradient of each weight.
-    loss, update = _loss_and_gradient(model, weights, batch, scale=learning_rate)
-    return [_subtract(w, u) for w, u in zip(weights, update)], loss
+    loss, update = loss_and_gradient(model, weights, batch, seed, scale=learning_rate)
+    return [_subtract(w, u) for w, u in zip(weights.trainable, update)], loss
 
 
 def minibatch_seed(seed: int, round_number: tf.Tensor, client_id: tf.Tensor) -> tf.Tensor:
@@ -82,7 +112,7 @@ def minibatch_seed(seed: int, round_number: tf.Tensor, client_id: tf.Tensor) -> 
 
 def client_gradient(
     model: tff.learning.models.FunctionalModel,
-    weights: Weights,
+    weights: ModelWeights,
     num_examples: tf.Tensor,
     batch_fn: BatchFn,
     *,
@@ -90,48 +120,55 @@ def client_gradient(
 ) -> tuple[Weights, tf.Tensor]:
     """Computes g_k = grad F_k(w), the gradient of the mean loss over all of P_k (FedSGD, Section 2).
 
-    Args: As for `client_update`; the seed is for augmentation only.
+    Args: As for `client_update`; the seed is for augmentation and random layers only.
 
     Returns:
       g_k (zeros if n_k = 0), and the float32 scalar sum of the loss over all examples.
     """
 
     def zero():
-        return tf.constant(0.0), [tf.zeros_like(w) for w in weights]
+        return tf.constant(0.0), [tf.zeros_like(w) for w in weights.trainable]
 
     def full_batch():
-        loss, gradient = _loss_and_gradient(model, weights, batch_fn(tf.range(num_examples), seed))
-        # The shape of an embedding's gradient is not known statically, and TFF asks for it.
-        dense = [tf.ensure_shape(tf.convert_to_tensor(g), w.shape) for g, w in zip(gradient, weights)]
-        return loss * tf.cast(num_examples, tf.float32), dense
+        loss, gradient = loss_and_gradient(model, weights, batch_fn(tf.range(num_examples), seed), seed)
+        return loss * tf.cast(num_examples, tf.float32), _dense(gradient, weights.trainable)
 
     loss_sum, gradient = tf.cond(num_examples > 0, full_batch, zero)
     return gradient, loss_sum
 
 
-def _loss_and_gradient(model, weights, batch, scale=1.0):
-    """Returns l(w; b), and the gradient of scale * l(w; b)."""
-    x, y = batch
-    with _inlined_functions(), tf.GradientTape() as tape:
-        tape.watch(weights)
-        loss = model.loss(model.predict_on_batch((weights, ()), x, training=True), y)
+def loss_and_gradient(
+    model: tff.learning.models.FunctionalModel,
+    weights: ModelWeights,
+    batch: Batch,
+    seed: tf.Tensor,
+    scale: float | tf.Tensor = 1.0,
+) -> tuple[tf.Tensor, list[tf.Tensor | tf.IndexedSlices]]:
+    """Returns l(w; b), and the gradient of scale * l(w; b) by the trainable weights."""
+    weights = weights.trainable, weights.non_trainable
+    if isinstance(model, KerasFunctionalModel):
+        seed = tf.random.experimental.stateless_fold_in(seed, _OF_THE_MODEL)
+        return model.loss_and_gradient(weights, batch, seed=seed, scale=scale)
+    x, y, *sample_weight = batch
+    with tf.GradientTape() as tape:
+        tape.watch(weights[0])
+        loss = model.loss(model.predict_on_batch(weights, x, training=True), y, *sample_weight)
         scaled_loss = scale * loss
-    return loss, tape.gradient(scaled_loss, weights)
+    return loss, tape.gradient(scaled_loss, weights[0])
 
 
-@contextlib.contextmanager
-def _inlined_functions() -> Iterator[None]:
-    """Traces each `tf.function` into the graph in which it is called, and not as a function of its own.
+def _optimizer_state(optimizer, weights, learning_rate):
+    if optimizer is None:
+        return ()
+    state = optimizer.initialize(tuple(tf.TensorSpec(w.shape, w.dtype) for w in weights.trainable))
+    if learning_rate is not None:
+        state = optimizer.set_hparams(state, {tff.learning.optimizers.LEARNING_RATE_KEY: learning_rate})
+    return tf.nest.map_structure(tf.convert_to_tensor, state)
 
-    The gradient of a function is a second function, and the values that they share are out of the reach of TensorFlow's
-    rewriting of the graph: a step takes 1.05 to 1.1 times as long.
-    """
-    before = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(True)
-    try:
-        yield
-    finally:
-        tf.config.run_functions_eagerly(before)
+
+def _dense(gradient, weights):
+    # The shape of an embedding's gradient is not known statically, and TFF asks for it.
+    return [tf.ensure_shape(tf.convert_to_tensor(g), w.shape) for g, w in zip(gradient, weights)]
 
 
 def _subtract(w, update):

@@ -5,6 +5,8 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_fedavg.client_data import ClientDataset
+from tff_fedavg.client_ids import for_clients_of
+from tff_fedavg.fed_avg import check_model_and_data
 
 
 def build_fed_eval(
@@ -21,8 +23,11 @@ def build_fed_eval(
     Returns:
       A computation `(weights@SERVER, client_ids@CLIENTS) -> metrics@SERVER`. The weights are a
       `tff.learning.models.ModelWeights`; the metrics are those of the model, over all examples of these clients.
-    """
 
+    Raises:
+      TypeError: If an argument has another type.
+    """
+    check_model_and_data(model, client_dataset)
     weights_type = tff.to_type(
         tff.learning.models.ModelWeights(
             *tf.nest.map_structure(lambda w: tff.TensorType(w.dtype, w.shape), model.initial_weights)
@@ -36,7 +41,7 @@ def build_fed_eval(
 
         def evaluate_batch(start, state):
             batch = tf.range(start, tf.minimum(start + batch_size, num_examples))
-            x, y = client_dataset.batch(records, batch, seed=tf.zeros([2], tf.int64))
+            x, y, *_ = client_dataset.batch(records, batch, seed=tf.zeros([2], tf.int64))
             predictions = model.predict_on_batch((weights.trainable, weights.non_trainable), x, training=False)
             output = tff.learning.models.BatchOutput(predictions=predictions)
             return start + batch_size, model.update_metrics_state(state, y, output)
@@ -51,4 +56,4 @@ def build_fed_eval(
         unfinalized = tff.federated_map(client_metrics, (tff.federated_broadcast(weights), client_ids))
         return tff.learning.metrics.sum_then_finalize(model.finalize_metrics)(unfinalized)
 
-    return fed_eval
+    return for_clients_of(client_dataset, fed_eval)

@@ -8,7 +8,8 @@ One round of both is
                w_{t+1} <- w_t - d
 
 The last line is the paper's w_{t+1} <- sum_{k in S_t} (n_k / m_t) w^k_{t+1}, written as a step of a server optimizer
-(SGD with rate 1), so that another optimizer can take its place.
+(SGD with rate 1), so that another optimizer can take its place. A client whose d_k or loss is not finite is left out of
+both sums, and counted.
 """
 
 import collections
@@ -19,10 +20,15 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_fedavg.client_data import ClientDataset
+from tff_fedavg.client_ids import for_clients_of
 from tff_fedavg.client_update import client_gradient, client_update, minibatch_seed
+from tff_fedavg.traced import TracedFunction
 
-LearningRate = float | tf.keras.optimizers.schedules.LearningRateSchedule
+# eta: a number, or a function of the number of finished rounds (float32 scalar), such as a Keras schedule.
+LearningRate = float | Callable[[tf.Tensor], tf.Tensor]
 Factory = tff.aggregators.WeightedAggregationFactory | tff.aggregators.UnweightedAggregationFactory
+Optimizer = tff.learning.optimizers.Optimizer
+ClientWeighting = tff.learning.ClientWeighting
 
 
 def build_fed_avg(
@@ -31,42 +37,55 @@ def build_fed_avg(
     *,
     epochs: int,
     batch_size: int | None,
-    learning_rate: LearningRate,
-    seed: int = 0,
-    server_optimizer: tff.learning.optimizers.Optimizer | None = None,
+    learning_rate: LearningRate | None = None,
+    client_optimizer: Optimizer | None = None,
+    proximal_strength: float = 0.0,
+    client_weighting: ClientWeighting = ClientWeighting.NUM_EXAMPLES,
+    server_optimizer: Optimizer | None = None,
     aggregator: Factory | None = None,
+    seed: int = 0,
 ) -> tff.learning.templates.LearningProcess:
     """Builds FederatedAveraging (Algorithm 1).
 
-    `next(state, client_ids)` runs a round with the clients `client_ids` (int32) of `client_dataset`. It is a pure
-    function: the clients' minibatches depend on `seed`, the round that the state counts, and the client.
+    `next(state, client_ids)` runs a round with the clients `client_ids` of `client_dataset` (any integers). It is a
+    pure function: the clients' minibatches depend on `seed`, the round that the state counts, and the client.
 
     Args:
-      model: The model, as `tff.learning.models.functional_model_from_keras` makes it.
+      model: The model, as `functional_model_from_keras` makes it.
       client_dataset: The client files.
       epochs: E, the number of local epochs.
       batch_size: B, the local minibatch size; None is the paper's B = inf.
-      learning_rate: eta, the clients' learning rate; a schedule is a function of the number of finished rounds.
-      seed: Seeds the split of the clients' data into minibatches, and their augmentation.
-      server_optimizer: Applies the averaged update; by default SGD with rate 1, which is the paper's averaging.
-      aggregator: Averages the updates; by default `tff.aggregators.MeanFactory`, weighted by n_k. An unweighted
-        factory gives every client of the round the same weight.
+      learning_rate: eta, the clients' learning rate. May be left out if the optimizer has one, which it replaces.
+      client_optimizer: What the clients use in place of SGD; it starts anew in each round.
+      proximal_strength: mu of FedProx (Li et al. 2020): how much a client is drawn to w_t; 0 is FedAvg.
+      client_weighting: The weight of a client in the average: n_k, or 1 for each client of the round.
+      server_optimizer: Applies the averaged update; by default SGD with rate 1, which is the paper's averaging. Others
+        are FedAvgM, FedAdam, FedYogi and FedAdagrad (Reddi et al. 2021).
+      aggregator: Averages the updates; by default `tff.aggregators.MeanFactory`. An unweighted factory gives every
+        client of the round the same weight, also to one that is left out, whose update is 0.
+      seed: Seeds the split of the clients' data into minibatches, their augmentation and the model's random layers.
 
     Returns:
       A process whose state is a `tff.learning.templates.LearningAlgorithmState`, with the number of finished rounds as
       `client_work`. Its metrics are "client_work" / "train" (loss: the mean over what local SGD saw; num_examples:
-      m_t), "aggregator" and "finalizer".
+      m_t), "clients_left_out", "aggregator" and "finalizer" (update_non_finite: 1 if the weights stay as they were, for
+      want of an average).
 
     Raises:
-      ValueError: If an argument is out of range.
+      TypeError: If an argument has another type.
+      ValueError: If an argument is out of range, or the aggregator needs more than TFF's runtime can do.
     """
     if epochs < 1:
         raise ValueError(f"epochs (E) is {epochs}; it must be at least 1")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size (B) is {batch_size}; it must be at least 1, or None for B = inf")
-    check_learning_rate(learning_rate)
+    if not 0 <= proximal_strength < np.inf:
+        raise ValueError(f"proximal_strength (mu) is {proximal_strength}; it must be a number from 0 on")
+    check_optimizer("client_optimizer", client_optimizer)
+    if learning_rate is not None or client_optimizer is None:
+        learning_rate = traced_learning_rate(learning_rate)
 
-    def client_fn(weights, num_examples, batch_fn, learning_rate, seed):
+    def client_fn(weights, num_examples, batch_fn, round_number, seed):
         new_weights, loss_sum = client_update(
             model,
             weights,
@@ -74,13 +93,16 @@ def build_fed_avg(
             batch_fn,
             epochs=epochs,
             batch_size=batch_size,
-            learning_rate=learning_rate,
+            learning_rate=None if learning_rate is None else learning_rate(round_number),
             seed=seed,
+            optimizer=client_optimizer,
+            proximal_strength=proximal_strength,
         )
-        return [old - new for old, new in zip(weights, new_weights)], loss_sum / epochs
+        return [old - new for old, new in zip(weights.trainable, new_weights)], loss_sum / epochs
 
-    server_optimizer = server_optimizer or tff.learning.optimizers.build_sgdm(1.0)
-    return _build_learning_process(model, client_dataset, client_fn, learning_rate, seed, server_optimizer, aggregator)
+    return _build_learning_process(
+        model, client_dataset, client_fn, seed, client_weighting, server_optimizer, aggregator
+    )
 
 
 def build_fed_sgd(
@@ -88,8 +110,10 @@ def build_fed_sgd(
     client_dataset: ClientDataset,
     *,
     learning_rate: LearningRate,
-    seed: int = 0,
+    client_weighting: ClientWeighting = ClientWeighting.NUM_EXAMPLES,
+    server_optimizer: Optimizer | None = None,
     aggregator: Factory | None = None,
+    seed: int = 0,
 ) -> tff.learning.templates.LearningProcess:
     """Builds FederatedSGD (Section 2): each client sends one gradient over all its data.
 
@@ -99,35 +123,44 @@ def build_fed_sgd(
       model: As for `build_fed_avg`.
       client_dataset: As for `build_fed_avg`.
       learning_rate: eta; as for `build_fed_avg`.
-      seed: Seeds the augmentation of the clients' data.
+      client_weighting: As for `build_fed_avg`.
+      server_optimizer: As for `build_fed_avg`; what it gets is eta times the averaged gradient.
       aggregator: As for `build_fed_avg`.
+      seed: Seeds the augmentation of the clients' data and the model's random layers.
 
     Returns:
       A process as from `build_fed_avg`.
 
     Raises:
-      ValueError: If the learning rate is out of range.
+      TypeError: As `build_fed_avg`.
+      ValueError: As `build_fed_avg`.
     """
-    check_learning_rate(learning_rate)
+    learning_rate = traced_learning_rate(learning_rate)
 
-    def client_fn(weights, num_examples, batch_fn, learning_rate, seed):
+    def client_fn(weights, num_examples, batch_fn, round_number, seed):
         gradient, loss_sum = client_gradient(model, weights, num_examples, batch_fn, seed=seed)
-        return [learning_rate * g for g in gradient], loss_sum
+        eta = learning_rate(round_number)
+        return [eta * g for g in gradient], loss_sum
 
-    server_optimizer = tff.learning.optimizers.build_sgdm(1.0)
-    return _build_learning_process(model, client_dataset, client_fn, learning_rate, seed, server_optimizer, aggregator)
+    return _build_learning_process(
+        model, client_dataset, client_fn, seed, client_weighting, server_optimizer, aggregator
+    )
 
 
 def _build_learning_process(
     model: tff.learning.models.FunctionalModel,
     client_dataset: ClientDataset,
     client_fn: Callable,
-    learning_rate: LearningRate,
     seed: int,
-    server_optimizer: tff.learning.optimizers.Optimizer,
+    client_weighting: ClientWeighting,
+    server_optimizer: Optimizer | None,
     aggregator: Factory | None,
 ) -> tff.learning.templates.LearningProcess:
     """Builds the round that the module's docstring shows; `client_fn` computes d_k and the loss sum."""
+    check_model_and_data(model, client_dataset)
+    check_optimizer("server_optimizer", server_optimizer)
+    if not isinstance(client_weighting, ClientWeighting):
+        raise TypeError(f"client_weighting is {client_weighting!r}; it must be a tff.learning.ClientWeighting")
 
     @tff.tensorflow.computation
     def initial_weights():
@@ -135,30 +168,36 @@ def _build_learning_process(
 
     weights_type = initial_weights.type_signature.result
 
-    @tff.tensorflow.computation(weights_type.trainable, np.int32, np.int32)
+    @tff.tensorflow.computation(weights_type, np.int32, np.int32)
     def client_work(weights, round_number, client_id):
         records = client_dataset.read(client_id)
         num_examples = tf.shape(records)[0]
         update, loss_sum = client_fn(
-            list(weights),
+            weights,
             num_examples,
             lambda indices, seed: client_dataset.batch(records, indices, seed),
-            learning_rate(round_number) if callable(learning_rate) else learning_rate,
+            round_number,
             minibatch_seed(seed, round_number, client_id),
         )
-        result = tff.learning.templates.ClientResult(tuple(update), tf.cast(num_examples, tf.float32))
-        return result, collections.OrderedDict(loss=loss_sum, num_examples=tf.cast(num_examples, tf.int64))
+        # A sum is finite if all its terms are, and takes less time than to look at each of them.
+        is_finite = tf.math.is_finite(loss_sum + tf.add_n([tf.reduce_sum(value) for value in update]))
+        kept = tf.cast(is_finite, tf.int64)
+        update = tf.cond(is_finite, lambda: update, lambda: [tf.zeros_like(value) for value in update])
+        num_examples = kept * tf.cast(num_examples, tf.int64)
+        weight = num_examples if client_weighting is ClientWeighting.NUM_EXAMPLES else kept
+        result = tff.learning.templates.ClientResult(tuple(update), tf.cast(weight, tf.float32))
+        sums = collections.OrderedDict(
+            loss=tf.where(is_finite, loss_sum, 0.0), num_examples=num_examples, clients_left_out=1 - kept
+        )
+        return result, sums
 
     @tff.tensorflow.computation(client_work.type_signature.result[1])
     def finalize_metrics(sums):
         loss = tf.math.divide_no_nan(sums["loss"], tf.cast(sums["num_examples"], tf.float32))
         return collections.OrderedDict(train=collections.OrderedDict(loss=loss, num_examples=sums["num_examples"]))
 
-    # A round whose clients are all empty leaves the weights as they are, where a plain mean would be 0 / 0.
-    aggregator = aggregator or tff.aggregators.MeanFactory(no_nan_division=True)
-    if isinstance(aggregator, tff.aggregators.UnweightedAggregationFactory):
-        aggregator = tff.aggregators.as_weighted_aggregator(aggregator)
-    aggregation = aggregator.create(weights_type.trainable, tff.TensorType(np.float32))
+    aggregation = _build_aggregation(aggregator, weights_type.trainable)
+    server_optimizer = server_optimizer or tff.learning.optimizers.build_sgdm(1.0)
     finalizer = tff.learning.templates.build_apply_optimizer_finalizer(server_optimizer, weights_type)
 
     @tff.tensorflow.computation(np.int32)
@@ -183,8 +222,7 @@ def _build_learning_process(
         w_t = state.global_model_weights
         round_number = state.client_work
         results, sums = tff.federated_map(
-            client_work,
-            (tff.federated_broadcast(w_t.trainable), tff.federated_broadcast(round_number), client_ids),
+            client_work, (tff.federated_broadcast(w_t), tff.federated_broadcast(round_number), client_ids)
         )
         averaged = aggregation.next(state.aggregator, results.update, results.update_weight)
         finalized = finalizer.next(state.finalizer, w_t, averaged.result)
@@ -195,8 +233,10 @@ def _build_learning_process(
             aggregator=averaged.state,
             finalizer=finalized.state,
         )
+        sums = tff.federated_sum(sums)
         metrics = collections.OrderedDict(
-            client_work=tff.federated_map(finalize_metrics, tff.federated_sum(sums)),
+            client_work=tff.federated_map(finalize_metrics, sums),
+            clients_left_out=sums["clients_left_out"],
             aggregator=averaged.measurements,
             finalizer=finalized.measurements,
         )
@@ -212,12 +252,77 @@ def _build_learning_process(
     def set_model_weights(state, weights):
         return state._replace(global_model_weights=weights)
 
-    return tff.learning.templates.LearningProcess(initialize, next_round, get_model_weights, set_model_weights)
+    return _LearningProcess(client_dataset, initialize, next_round, get_model_weights, set_model_weights)
 
 
-def check_learning_rate(learning_rate: LearningRate) -> None:
-    """Raises a `ValueError` for a learning rate that is no number above 0. A schedule may be anything."""
+class _LearningProcess(tff.learning.templates.LearningProcess):
+    """A learning process that checks the ids of the clients."""
+
+    def __init__(self, client_dataset: ClientDataset, *computations: tff.Computation):
+        super().__init__(*computations)
+        self._checked_next = for_clients_of(client_dataset, super().next)
+
+    @property
+    def next(self):
+        return self._checked_next
+
+
+def _build_aggregation(
+    aggregator: Factory | None, update_type: tff.types.StructType
+) -> tff.templates.AggregationProcess:
+    # Where no client has a weight the average is 0 / 0, and the finalizer leaves all as it is.
+    aggregator = aggregator or tff.aggregators.MeanFactory()
+    if isinstance(aggregator, tff.aggregators.UnweightedAggregationFactory):
+        aggregator = tff.aggregators.as_weighted_aggregator(aggregator)
+    if not isinstance(aggregator, tff.aggregators.WeightedAggregationFactory):
+        raise TypeError(
+            f"aggregator is {aggregator!r}; it must be an aggregation factory, such as tff.learning.robust_aggregator()"
+        )
+    aggregation = aggregator.create(update_type, tff.TensorType(np.float32))
+    try:
+        tff.test.assert_not_contains_secure_aggregation(aggregation.next)
+    except AssertionError as e:
+        raise ValueError(
+            f"aggregator is a {type(aggregator).__name__} that needs secure sums, which TFF's runtime does not have; "
+            "tff.learning.robust_aggregator() is the same without them"
+        ) from e
+    return aggregation
+
+
+def check_model_and_data(model: tff.learning.models.FunctionalModel, client_dataset: ClientDataset) -> None:
+    """Raises a `TypeError` for what is something else, and says what to call."""
+    if not isinstance(model, tff.learning.models.FunctionalModel):
+        raise TypeError(
+            f"model is a {type(model).__name__}; make a functional model of a Keras model with "
+            "tff_fedavg.functional_model_from_keras(keras_model, loss, client_dataset.batch_spec)"
+        )
+    if not isinstance(client_dataset, ClientDataset):
+        raise TypeError(
+            f"client_dataset is a {type(client_dataset).__name__}; it must be a ClientDataset, which "
+            "ClientDataset.from_arrays and ClientDataset.from_client_data make"
+        )
+
+
+def check_optimizer(name: str, optimizer: Optimizer | None) -> None:
+    """Raises a `TypeError` for what is no optimizer of TFF."""
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"{name} is {optimizer!r}; it must be one of tff.learning.optimizers, such as build_sgdm(1.0, momentum=0.9)"
+        )
+
+
+def traced_learning_rate(learning_rate: LearningRate) -> Callable[[tf.Tensor], float | tf.Tensor]:
+    """Returns eta as a function of the number of finished rounds, an integer scalar in any graph.
+
+    Raises:
+      TypeError: If it is neither a number nor a function.
+      ValueError: If it is no number above 0, or its function fails.
+    """
     if callable(learning_rate):
-        return
+        traced = TracedFunction("learning_rate", learning_rate, [tf.TensorSpec([], tf.float32)])
+        return lambda round_number: tf.cast(traced(tf.cast(round_number, tf.float32)), tf.float32)
+    if isinstance(learning_rate, bool) or not isinstance(learning_rate, (int, float, np.number)):
+        raise TypeError(f"learning_rate (eta) is {learning_rate!r}; it must be a number or a function of the rounds")
     if not learning_rate > 0 or not np.isfinite(learning_rate):
         raise ValueError(f"learning_rate (eta) is {learning_rate}; it must be a number above 0")
+    return lambda round_number: learning_rate

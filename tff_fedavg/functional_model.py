@@ -1,0 +1,222 @@
+"""Keras models as what the algorithms take: a training step, predictions and metrics, all of them functions of weights.
+
+TFF's own `functional_model_from_keras` builds the model anew in each of TFF's graphs, leaves out the losses that its
+layers add, and draws other random numbers in each run. Here the model is traced as `tf.keras.Model.fit` traces it.
+"""
+
+import collections
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_fedavg.traced import ChangedVariableError, TracedFunction
+
+Loss = tf.keras.losses.Loss | Callable[[Any, Any], tf.Tensor] | str
+Metric = tf.keras.metrics.Metric | Callable[[], tf.keras.metrics.Metric] | str
+# Trainable and other weights, as in `tff.learning.models.ModelWeights`.
+Weights = tuple[Sequence[tf.Tensor], Sequence[tf.Tensor]]
+
+_LOSS_METRIC = "loss"
+
+
+def functional_model_from_keras(
+    keras_model: tf.keras.Model | Callable[[], tf.keras.Model],
+    loss: Loss,
+    input_spec: Sequence[Any],
+    metrics: Mapping[str, Metric] | Sequence[Metric] = (),
+) -> "KerasFunctionalModel":
+    """Makes a functional model of a Keras model, which can be used afterwards as before.
+
+    Args:
+      keras_model: The model, or a function that builds it. Its weights are the initial weights w_0; those that are not
+        trainable stay as they are. The losses that its layers add (regularisers, `add_loss`) are trained on.
+      loss: l, a function of the labels and the outputs, as for `tf.keras.Model.compile`. If it returns the losses of
+        the single examples, their mean is meant.
+      input_spec: The specs of a batch: `client_dataset.batch_spec`. x may be any nest of tensors that the model takes.
+      metrics: What `build_fed_eval` computes, by name or as a list: metrics, functions that make them, or Keras's names
+        for them. If none is called "loss", that is the mean of l over the examples, without the added losses.
+
+    Raises:
+      TypeError: If an argument has another type.
+      ValueError: If the model cannot be trained in this way. The message says why.
+    """
+    if not isinstance(keras_model, tf.keras.Model) and callable(keras_model):
+        keras_model = keras_model()
+    if not isinstance(keras_model, tf.keras.Model):
+        raise TypeError(f"keras_model is {keras_model!r}; it must be a tf.keras.Model or a function that returns one")
+    return KerasFunctionalModel(keras_model, loss, tuple(input_spec), metrics)
+
+
+class KerasFunctionalModel(tff.learning.models.FunctionalModel):
+    """A functional model with a training step of its own. Made by `functional_model_from_keras`."""
+
+    def __init__(self, keras_model: tf.keras.Model, loss: Loss, input_spec: tuple[Any, ...], metrics: Any):
+        x_spec, y_spec, *_ = input_spec
+        _build(keras_model, x_spec)
+        _check_policy(keras_model)
+        trainable, non_trainable = keras_model.trainable_variables, keras_model.non_trainable_variables
+        if not trainable:
+            raise ValueError("the model has no trainable weights")
+        loss_fn = _loss_fn(loss)
+
+        def loss_and_gradient(batch, scale):
+            x, y, *sample_weight = batch
+            with tf.GradientTape() as tape:
+                value = loss_fn(keras_model(x, training=True), y, *sample_weight)
+                if keras_model.losses:
+                    value += tf.add_n([tf.cast(added, value.dtype) for added in keras_model.losses])
+                scaled_value = scale * value
+            # A weight that the loss does not depend on stays as it is.
+            return value, tape.gradient(scaled_value, trainable, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+
+        try:
+            scale_spec = tf.TensorSpec([], tf.float32)
+            variables = [*trainable, *non_trainable]
+            self._loss_and_gradient = TracedFunction(
+                "the model", loss_and_gradient, [input_spec, scale_spec], variables
+            )
+            self._predict = TracedFunction("the model", lambda x: keras_model(x, training=False), [x_spec], variables)
+        except ChangedVariableError as e:
+            raise ValueError(_changed_in_training(keras_model, e)) from e
+        metrics_fns = tff.learning.metrics.create_functional_metric_fns(
+            _metric_constructors(metrics, loss_fn, self._predict.output_spec, y_spec)
+        )
+        super().__init__(
+            initial_weights=tuple(tuple(v.numpy() for v in part) for part in (trainable, non_trainable)),
+            predict_on_batch_fn=tf.function(self.predict_on_batch),
+            loss_fn=loss_fn,
+            metrics_fns=metrics_fns,
+            input_spec=input_spec,
+        )
+
+    def predict_on_batch(self, model_weights: Weights, x: Any, training: bool = True) -> Any:
+        """Returns the outputs of the model. Training is more than that: see `loss_and_gradient`."""
+        if training:
+            raise NotImplementedError(
+                "TFF's own algorithms would leave out the losses that the layers of this model add: for them make it "
+                "with tff.learning.models.functional_model_from_keras"
+            )
+        trainable, non_trainable = model_weights
+        return self._predict(x, variables=[*trainable, *non_trainable])
+
+    def loss_and_gradient(
+        self, model_weights: Weights, batch: tuple[Any, ...], *, seed: tf.Tensor, scale: float | tf.Tensor = 1.0
+    ) -> tuple[tf.Tensor, list[tf.Tensor | tf.IndexedSlices]]:
+        """Computes l(w; b) as `tf.keras.Model.train_on_batch` does, with the losses that layers add.
+
+        Args:
+          model_weights: Trainable and other weights.
+          batch: `(x, y)` or `(x, y, sample_weight)`.
+          seed: Integer `[2]`, for layers that draw random numbers, such as dropout.
+          scale: A factor on the gradient.
+
+        Returns:
+          The float32 scalar l(w; b), and `scale` times its gradient by the trainable weights.
+        """
+        trainable, non_trainable = model_weights
+        return self._loss_and_gradient(batch, scale, variables=[*trainable, *non_trainable], seed=seed)
+
+
+def _build(keras_model: tf.keras.Model, x_spec: Any) -> None:
+    """Gives a model its weights, if it has been waiting for its first input."""
+    if not keras_model.built:
+        keras_model(tf.nest.map_structure(lambda spec: tf.zeros([d or 1 for d in spec.shape], spec.dtype), x_spec))
+
+
+def _check_policy(keras_model: tf.keras.Model) -> None:
+    for layer in _layers(keras_model):
+        if layer.dtype_policy.name == "mixed_float16":
+            raise ValueError(
+                f"layer {layer.name!r} has the policy mixed_float16, whose gradients vanish without loss scaling: take "
+                "mixed_bfloat16 or float32"
+            )
+
+
+def _layers(keras_model: tf.keras.Model) -> list[tf.keras.layers.Layer]:
+    return [module for module in keras_model.submodules if isinstance(module, tf.keras.layers.Layer)]
+
+
+def _changed_in_training(keras_model: tf.keras.Model, error: ChangedVariableError) -> str:
+    owners = [layer for layer in _layers(keras_model) if any(v is error.variable for v in layer.weights)]
+    if not owners:
+        return f"{error} in training; FedAvg averages trained weights only"
+    layer = min(owners, key=lambda layer: len(layer.weights))
+    return (
+        f"layer {layer.name!r} ({type(layer).__name__}) changes {error.variable.name} in training, and FedAvg averages "
+        "trained weights only: take GroupNormalization or LayerNormalization for BatchNormalization, or trainable=False"
+    )
+
+
+def _loss_fn(loss: Loss) -> Callable[..., tf.Tensor]:
+    """Returns l as a function of outputs, labels and sample weights, as Keras would compute it."""
+    if isinstance(loss, str):
+        loss = tf.keras.losses.get(loss)
+    if isinstance(loss, type) or not callable(loss):
+        raise TypeError(
+            f"loss is {loss!r}; it must be a tf.keras.losses.Loss, a function of (y_true, y_pred) or a name"
+        )
+    if not isinstance(loss, tf.keras.losses.Loss):
+        loss = tf.keras.__internal__.losses.LossFunctionWrapper(loss)
+
+    def loss_fn(output: Any, label: Any, sample_weight: tf.Tensor | None = None) -> tf.Tensor:
+        if tf.is_tensor(output) and output.shape[1:] == [1] and label.shape.rank == 1:
+            label = label[:, tf.newaxis]
+        value = loss(label, output, sample_weight)
+        return value if value.shape.rank == 0 else tf.reduce_mean(value)
+
+    return loss_fn
+
+
+def _metric_constructors(
+    metrics: Mapping[str, Metric] | Sequence[Metric], loss_fn: Callable[..., tf.Tensor], output_spec: Any, y_spec: Any
+) -> collections.OrderedDict[str, Callable[[], tf.keras.metrics.Metric]]:
+    """Returns what TFF makes metrics of, by name."""
+    if isinstance(metrics, Mapping):
+        named = {name: _constructor(metric, output_spec, y_spec) for name, metric in metrics.items()}
+    else:
+        constructors = [_constructor(metric, output_spec, y_spec) for metric in metrics]
+        named = {constructor().name: constructor for constructor in constructors}
+    # Traced, for what a loss function may capture.
+    mean_loss = TracedFunction("the loss", loss_fn, [output_spec, y_spec])
+    return collections.OrderedDict({_LOSS_METRIC: functools.partial(_MeanLoss, mean_loss), **named})
+
+
+class _MeanLoss(tf.keras.metrics.Mean):
+    """The mean over the examples of a loss that is the mean over a batch."""
+
+    def __init__(self, loss_fn: TracedFunction):
+        super().__init__(_LOSS_METRIC)
+        self._loss_fn = loss_fn
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: tf.Tensor | None = None):
+        num_examples = tf.shape(tf.nest.flatten(y_true)[0])[0]
+        return super().update_state(self._loss_fn(y_pred, y_true), num_examples)
+
+
+def _constructor(metric: Metric, output_spec: Any, y_spec: Any) -> Callable[[], tf.keras.metrics.Metric]:
+    if isinstance(metric, str):
+        metric = _metric_of_name(metric, output_spec, y_spec)
+    if isinstance(metric, tf.keras.metrics.Metric):
+        return functools.partial(type(metric).from_config, metric.get_config())
+    if not callable(metric):
+        raise TypeError(
+            f"a metric is {metric!r}; it must be a tf.keras.metrics.Metric, a function that makes one, or a name"
+        )
+    return metric
+
+
+def _metric_of_name(name: str, output_spec: Any, y_spec: Any) -> tf.keras.metrics.Metric:
+    """Returns the metric that `tf.keras.Model.compile` takes the name for."""
+    if name in ("accuracy", "acc"):
+        if output_spec.shape[-1] == 1:
+            return tf.keras.metrics.BinaryAccuracy(name)
+        if y_spec.shape.rank < output_spec.shape.rank or y_spec.shape[-1] == 1:
+            return tf.keras.metrics.SparseCategoricalAccuracy(name)
+        return tf.keras.metrics.CategoricalAccuracy(name)
+    metric = tf.keras.metrics.get(name)
+    if isinstance(metric, tf.keras.metrics.Metric):
+        return metric
+    return tf.keras.metrics.MeanMetricWrapper(metric, name=name)
