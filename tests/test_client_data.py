@@ -1,12 +1,21 @@
+import collections
 import concurrent.futures
 import json
+import pathlib
+import sqlite3
+import subprocess
+import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import tensorflow as tf
+import tensorflow_federated as tff
 from conftest import NO_SEED
 
 from tff_fedavg.client_data import ClientDataset, prepare_client_dataset, write_client_dataset
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def identity(example, seed):
@@ -32,9 +41,15 @@ def test_every_client_is_read_in_the_graph_as_it_was_written(client_arrays, clie
         np.testing.assert_array_equal(client_dataset.load(k)["x"], arrays["x"])
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64, np.float32])
+DTYPES = [
+    *(np.bool_, np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64),
+    *(np.float16, tf.bfloat16.as_numpy_dtype, np.float32, np.float64, np.complex64, np.complex128),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_features_of_any_dtype_and_shape_survive(tmp_path, dtype):
-    x = np.arange(60).reshape(5, 3, 4).astype(dtype)
+    x = np.random.default_rng(0).integers(-100, 100, [5, 3, 4]).astype(dtype)
     write_client_dataset(tmp_path, [{"x": x, "y": x[:, 0, 0]}])
     dataset = ClientDataset(tmp_path, identity)
     assert [s.dtype for s in dataset.batch_spec] == [dtype, dtype]
@@ -42,6 +57,135 @@ def test_features_of_any_dtype_and_shape_survive(tmp_path, dtype):
     read_x, read_y = read_in_graph(dataset, 0)
     np.testing.assert_array_equal(read_x, x)
     np.testing.assert_array_equal(read_y, x[:, 0, 0])
+    np.testing.assert_array_equal(dataset.load(0)["x"], x)
+
+
+@pytest.mark.parametrize("dtype", [">i2", ">u4", ">i8", ">f4", ">f8", ">c8"])
+def test_big_endian_arrays_have_the_same_values_in_the_graph(tmp_path, dtype):
+    x = np.arange(6).reshape(3, 2).astype(dtype)
+    write_client_dataset(tmp_path, [{"x": x, "y": np.asfortranarray(x)[:, ::-1]}])
+    read_x, read_y = read_in_graph(ClientDataset(tmp_path, identity), 0)
+    assert read_x.tolist() == x.tolist()
+    assert read_y.tolist() == x[:, ::-1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("column", "dtype", "values"),
+    [
+        ([1, 2], "int64", [1, 2]),
+        ((1, 2.5), "float64", [1, 2.5]),
+        ([True, False], "bool", [True, False]),
+        ([2**63], "uint64", [2**63]),
+        (range(2), "int64", [0, 1]),
+        ([np.float32([1, 2]), np.float32([3, 4])], "float32", [[1, 2], [3, 4]]),
+        (tf.constant([[1], [2]]), "int32", [[1], [2]]),
+        ([tf.constant([1.0]), tf.constant([2.0])], "float32", [[1], [2]]),
+        (tf.Variable([1.0, 2.0]), "float32", [1, 2]),
+        (tf.constant([1, 2], tf.bfloat16), "bfloat16", [1, 2]),
+        (pd.Series([1, 2], index=[7, 8], dtype="int16"), "int16", [1, 2]),
+    ],
+)
+def test_whatever_numpy_makes_an_array_of_is_a_column(tmp_path, column, dtype, values):
+    write_client_dataset(tmp_path, [{"x": column, "y": column}])
+    dataset = ClientDataset(tmp_path, identity)
+    assert dataset.element_spec["x"].dtype.name == dtype
+    assert dataset.load(0)["x"].tolist() == values
+
+
+def test_an_empty_list_takes_the_dtype_and_shape_of_the_other_clients(tmp_path):
+    examples = {"x": np.ones([2, 3], np.float32), "y": [1, 2]}
+    write_client_dataset(tmp_path, [{"x": [], "y": ()}, examples, {"y": [], "x": np.zeros([0, 3], np.float32)}])
+    dataset = ClientDataset(tmp_path, identity)
+    assert dataset.num_examples.tolist() == [0, 2, 0]
+    assert list(dataset.element_spec.values()) == [tf.TensorSpec([3], tf.float32), tf.TensorSpec([], tf.int64)]
+    assert read_in_graph(dataset, 0)[0].shape == (0, 3)
+
+
+def test_clients_may_have_their_columns_in_another_order(tmp_path):
+    write_client_dataset(tmp_path, [{"x": [1], "y": [2.0]}, {"y": [4.0], "x": [3]}])
+    assert ClientDataset(tmp_path, identity).load(1) == {"x": [3], "y": [4.0]}
+
+
+GOOD = {"x": np.zeros([2, 3], np.float32), "y": np.zeros(2, np.int32)}
+TEXT = r"which cannot be stored: encode text as integer ids, for example with np.unique\(column, return_inverse=True\)"
+
+
+@pytest.mark.parametrize(
+    ("client", "message"),
+    [
+        (dict(GOOD, y=["a", "b"]), f"^client 1, column 'y', is a list of dtype <U1, {TEXT}"),
+        (dict(GOOD, y=np.array([b"a", b"b"])), rf"^client 1, column 'y', is a ndarray of dtype \|S1, {TEXT}"),
+        (dict(GOOD, y=np.array(["a", None], object)), f"of dtype object, {TEXT}"),
+        (dict(GOOD, y=[1, "b"]), TEXT),
+        (dict(GOOD, y=tf.constant(["a", "b"])), TEXT),
+        (dict(GOOD, y=pd.Series(["a", "b"])), f"is a Series of dtype object, {TEXT}"),
+        (dict(GOOD, y="ab"), TEXT),
+        (dict(GOOD, y=[1, None]), "of dtype object, .*: make it an array of numbers, with no value missing"),
+        (dict(GOOD, y=[2**70, 0]), "make it an array of numbers"),
+        (dict(GOOD, y={1, 2}), "is a set of dtype object, .*: make it an array of numbers"),
+        (dict(GOOD, y=tf.ragged.constant([[1], [2, 3]])), "make it an array of numbers, .* examples of one shape"),
+        (dict(GOOD, y=np.array(["2020-01-01", "NaT"], "M8[D]")), "store times as numbers"),
+        (dict(GOOD, y=np.array([1, 2], "m8[s]")), "store durations as numbers"),
+        (dict(GOOD, y=np.zeros(2, np.longdouble)), r"column.astype\(np.float64\)"),
+        (dict(GOOD, y=np.zeros(2, np.clongdouble)), r"column.astype\(np.complex128\)"),
+        (dict(GOOD, y=np.zeros(2, "i4,f4")), "make each field a column of its own"),
+        (dict(GOOD, y=np.ma.array([1, 2], mask=[0, 1])), "has masked values"),
+        (
+            dict(GOOD, y=[[1, 2], [3]]),
+            "^client 1, column 'y', is a list that is no array: its examples differ in shape",
+        ),
+        (dict(GOOD, y=[np.zeros([2, 3]), np.zeros([2, 4])]), "its examples differ in shape"),
+        (dict(GOOD, y=3), "^client 1, column 'y', is a single value, 3: a column has one row for each example"),
+        (dict(GOOD, y=tf.constant(3.0)), "is a single value, 3.0"),
+        (dict(GOOD, y=[[], []]), r"has the shape \[2, 0\]: an example needs at least one number"),
+        (dict(GOOD, y=np.zeros(3, np.int32)), r"^client 1 has columns of different lengths \('x' 2, 'y' 3\)"),
+        (dict(GOOD, y=[]), "columns of different lengths"),
+        ({}, "^client 1 has no columns"),
+        ({"x": GOOD["x"]}, "^client 1 has the columns 'x', but those before it have 'x', 'y': all need the same"),
+        ({"x": GOOD["x"], "z": GOOD["y"]}, "^client 1 has the columns 'x', 'z', but"),
+        (
+            dict(GOOD, x=np.zeros([2, 4], np.float32)),
+            r"^client 1, column 'x', has examples of float32 \[4\], but those before it have float32 \[3\]",
+        ),
+        (dict(GOOD, x=np.zeros([2, 3])), r"has examples of float64 \[3\], but those before it have float32 \[3\]"),
+    ],
+)
+def test_a_client_that_cannot_be_stored_is_refused_in_a_line_and_no_files_are_left(tmp_path, client, message):
+    with pytest.raises(ValueError, match=message) as error:
+        write_client_dataset(tmp_path, [GOOD, client])
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("client", "message"),
+    [
+        (pd.DataFrame(GOOD["x"]), r"^client 1 is a DataFrame, but takes a mapping .*dict\(frame\)"),
+        (tf.data.Dataset.from_tensor_slices(GOOD), "^client 1 is a tf.data.Dataset, .*from_client_data takes"),
+        ((GOOD["x"], GOOD["y"]), "^client 1 is a tuple, but takes a mapping from the names of columns to arrays"),
+        (None, "^client 1 is a NoneType"),
+        ({0: GOOD["x"]}, "^client 1 has a column named 0: the name of a column is a string"),
+        ({"": GOOD["x"]}, "^client 1 has a column named ''"),
+    ],
+)
+def test_a_client_that_is_no_mapping_from_names_is_refused(tmp_path, client, message):
+    with pytest.raises(TypeError, match=message):
+        write_client_dataset(tmp_path, [GOOD, client])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lists_that_are_empty_in_all_clients_are_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"column 'x' is an empty list in every client, .* np.zeros\(\[0\], np.float32"
+    ):
+        write_client_dataset(tmp_path, [{"x": []}, {"x": []}])
+
+
+def test_files_that_are_there_are_not_written_over(tmp_path):
+    write_client_dataset(tmp_path, [GOOD])
+    with pytest.raises(ValueError, match="has client files: open them with ClientDataset"):
+        write_client_dataset(tmp_path, [GOOD, GOOD])
+    assert ClientDataset(tmp_path, identity).num_clients == 1
 
 
 def test_batch_gathers_the_rows_asked_for(client_arrays, client_dataset):
@@ -78,11 +222,7 @@ def test_a_directory_that_is_no_client_dataset_is_refused(tmp_path):
         ClientDataset(tmp_path, identity)
 
 
-def test_clients_whose_features_disagree_are_refused(tmp_path):
-    good = {"x": np.zeros([2, 3]), "y": np.zeros(2)}
-    for bad in ({"x": np.zeros([2, 4]), "y": np.zeros(2)}, {"x": np.zeros([2, 3]), "y": np.zeros(3)}):
-        with pytest.raises(ValueError, match="client 1 has the features"):
-            write_client_dataset(tmp_path, [good, bad])
+def test_no_clients_are_refused(tmp_path):
     with pytest.raises(ValueError, match="at least one client"):
         write_client_dataset(tmp_path, [])
 
@@ -135,3 +275,286 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, client_arrays):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="client files could not be written to .*file"):
         prepare(tmp_path / "file", client_arrays)
+
+
+USERS = np.array(["eve", "adam", "eve", "bob", "eve"])
+TABLE = {"x": np.arange(10.0).reshape(5, 2), "y": [1, 2, 3, 4, 5], "user": USERS}
+
+
+@pytest.mark.parametrize(
+    "users",
+    [
+        USERS,
+        USERS.tolist(),
+        USERS.astype(bytes),
+        USERS.astype(object),
+        tf.constant(USERS),
+        pd.Series(USERS),
+        [2, 0, 2, 1, 2],
+        np.array([2.5, -1, 2.5, 0, 2.5]),
+        np.array(["2020-03-01", "2020-01-01", "2020-03-01", "2020-02-01", "2020-03-01"], "M8[D]"),
+    ],
+)
+def test_a_table_is_divided_among_the_values_of_its_client_column_in_sorted_order(users):
+    dataset = ClientDataset.from_arrays(dict(TABLE, user=users), client_column="user")
+    assert list(dataset.element_spec) == ["x", "y"]
+    assert dataset.num_examples.tolist() == [1, 1, 3]
+    assert [dataset.load(k)["y"].tolist() for k in range(3)] == [[2], [4], [1, 3, 5]]
+    x, y = read_in_graph(dataset, 2)
+    np.testing.assert_array_equal(x, TABLE["x"][[0, 2, 4]])
+    assert y.tolist() == [1, 3, 5]
+
+
+def test_a_data_frame_is_a_table_by_its_columns():
+    frame = pd.DataFrame({"x": [1.0, 2.0], "y": [3, 4], "user": ["b", "a"]})
+    assert ClientDataset.from_arrays(dict(frame), client_column="user").load(0) == {"x": [2.0], "y": [4]}
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter])
+def test_a_list_of_clients_is_kept_where_it_should_be(tmp_path, client_arrays, kind):
+    dataset = ClientDataset.from_arrays(kind(client_arrays), identity, directory=tmp_path / "new" / "clients")
+    assert dataset.directory == tmp_path / "new" / "clients"
+    again = ClientDataset(tmp_path / "new" / "clients", identity)
+    for k, arrays in enumerate(client_arrays):
+        np.testing.assert_array_equal(again.load(k)["x"], arrays["x"])
+
+
+@pytest.mark.parametrize("names", [("x", "y"), ("y", "sample_weight", "x")])
+def test_columns_named_for_the_model_go_to_it_as_they_are(names):
+    clients = [{name: np.float32([i, 10 * i]) for i, name in enumerate(names)}]
+    values = read_in_graph(ClientDataset.from_arrays(clients), 0)
+    in_order = [name for name in ("x", "y", "sample_weight") if name in names]
+    np.testing.assert_array_equal(values, [clients[0][name] for name in in_order])
+
+
+@pytest.mark.parametrize("names", [("x",), ("x", "label"), ("x", "y", "weight")])
+def test_columns_of_other_names_need_a_preprocess_fn(tmp_path, names):
+    clients = [dict.fromkeys(names, [1.0])]
+    listed = ", ".join(map(repr, names))
+    with pytest.raises(ValueError, match=f"preprocess_fn is missing: .*'sample_weight'; here they are {listed}$"):
+        ClientDataset.from_arrays(clients, directory=tmp_path)
+    with pytest.raises(ValueError):
+        ClientDataset.from_arrays(clients, lambda example: example["x"], directory=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    ClientDataset.from_arrays(clients, lambda example, seed: (example["x"], example["x"]), directory=tmp_path)
+
+
+def test_files_without_a_directory_are_there_until_the_program_ends(tmp_path):
+    code = """if True:
+        import gc, numpy as np, tff_fedavg
+        dataset = tff_fedavg.ClientDataset.from_arrays([{"x": [1.0], "y": [2.0]}])
+        directory = dataset.directory
+        del dataset
+        gc.collect()
+        print(sorted(path.name for path in directory.iterdir()))
+        print(directory)
+    """
+    environment = {"TMPDIR": str(tmp_path), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    files, directory = result.stdout.splitlines()
+    assert files == "['examples.bin', 'manifest.json', 'offsets.bin']"
+    assert directory.startswith(str(tmp_path))
+    assert list(tmp_path.glob("tff_fedavg-*")) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(clients=TABLE), "client_column is missing"),
+        (dict(clients=[TABLE], client_column="user"), "client_column is 'user', but clients is divided already"),
+        (dict(clients=TABLE, client_column="users"), "client_column is 'users', but the columns are 'x', 'y', 'user'"),
+        (dict(clients={"user": USERS}, client_column="user"), "the table has no columns"),
+        (dict(clients=dict(TABLE, y=["a"] * 5), client_column="user"), f"^the table, column 'y', .*{TEXT}"),
+        (dict(clients=dict(TABLE, y=[1]), client_column="user"), "the table has columns of different lengths"),
+        (
+            dict(clients=dict(TABLE, user=USERS[:4]), client_column="user"),
+            r"'user' has the shape \[4\], but .* 5 examples",
+        ),
+        (dict(clients=dict(TABLE, user=USERS[:, None]), client_column="user"), r"'user' has the shape \[5, 1\], but"),
+        (dict(clients=dict(TABLE, user=["a", 1, "b", 2, None]), client_column="user"), "values that cannot be sorted"),
+        (dict(clients=dict(TABLE, user=[1, 1, np.nan, 2, 2]), client_column="user"), "some are missing"),
+        (dict(clients={"x": [], "y": [], "user": []}, client_column="user"), "needs at least one client"),
+        (dict(clients=[]), "needs at least one client"),
+    ],
+)
+def test_clients_that_cannot_be_told_are_refused(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ClientDataset.from_arrays(**arguments, directory=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+CLIENT_DATA = tff.simulation.datasets.TestClientData(
+    {
+        "b": collections.OrderedDict(pixels=np.float32([[1, 2], [3, 4]]), label=[0, 1]),
+        "a": collections.OrderedDict(pixels=np.float32([[5, 6]]), label=[2]),
+    }
+)
+
+
+def pixels_and_label(example, seed):
+    return example["pixels"], example["label"]
+
+
+def test_client_data_keep_the_names_of_their_elements_and_the_order_of_their_clients(tmp_path):
+    dataset = ClientDataset.from_client_data(CLIENT_DATA, pixels_and_label, directory=tmp_path)
+    assert CLIENT_DATA.client_ids == ["b", "a"]
+    assert [dataset.load(k)["label"].tolist() for k in range(2)] == [[0, 1], [2]]
+    x, y = read_in_graph(dataset, 0)
+    assert (x.tolist(), y.tolist()) == ([[1, 2], [3, 4]], [0, 1])
+
+
+def test_client_data_of_tuples_have_x_and_y():
+    client_data = CLIENT_DATA.preprocess(lambda dataset: dataset.map(lambda e: (e["pixels"], e["label"])))
+    x, y = read_in_graph(ClientDataset.from_client_data(client_data), 0)
+    assert (x.tolist(), y.tolist()) == ([[1, 2], [3, 4]], [0, 1])
+
+
+def test_client_data_in_files_of_any_length_are_read(tmp_path):
+    """An empty client, and one with more examples than are read at once."""
+    lengths = {"empty": 0, "short": 1, "long": 2500}
+    for name, length in lengths.items():
+        (tmp_path / name).write_text("\n".join(map(str, range(length))))
+
+    def read(path):
+        numbers = tf.data.TextLineDataset(path).map(lambda line: tf.strings.to_number(line, tf.int32))
+        return numbers.map(lambda number: (number, 2 * number))
+
+    client_data = tff.simulation.datasets.FilePerUserClientData({name: str(tmp_path / name) for name in lengths}, read)
+    dataset = ClientDataset.from_client_data(client_data)
+    assert dataset.num_examples.tolist() == [lengths[name] for name in client_data.client_ids]
+    assert dataset.load(client_data.client_ids.index("long"))["y"].tolist() == list(range(0, 5000, 2))
+
+
+def test_client_data_in_a_database_are_read_once_they_are_parsed(tmp_path):
+    path = str(tmp_path / "data.sqlite")
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE examples (split_name TEXT, client_id TEXT, serialized_example_proto BLOB)")
+        database.execute("CREATE TABLE client_metadata (client_id TEXT, split_name TEXT, num_examples INTEGER)")
+        for client_id, value in (("a", 1), ("b", 2), ("b", 3)):
+            feature = tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
+            example = tf.train.Example(features=tf.train.Features(feature={"x": feature})).SerializeToString()
+            database.execute("INSERT INTO examples VALUES ('train', ?, ?)", [client_id, example])
+            database.execute("INSERT INTO client_metadata VALUES (?, 'train', 1)", [client_id])
+    client_data = tff.simulation.datasets.SqlClientData(path, "train")
+    with pytest.raises(
+        ValueError, match=r"client_data has elements TensorSpec.*: parse them with client_data.preprocess"
+    ):
+        ClientDataset.from_client_data(client_data)
+    parse = {"x": tf.io.FixedLenFeature([], tf.int64)}
+    parsed = client_data.preprocess(lambda data: data.map(lambda e: tf.io.parse_single_example(e, parse)))
+    dataset = ClientDataset.from_client_data(parsed, lambda example, seed: (example["x"], example["x"]))
+    assert [dataset.load(k)["x"].tolist() for k in range(2)] == [[1], [2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("map_fn", "message"),
+    [
+        (lambda e: e["pixels"], "client_data has elements TensorSpec.*: map them with client_data.preprocess"),
+        (lambda e: (e, e["label"]), "client_data has elements .*: map them"),
+        (lambda e: (1, 2, 3, 4), "client_data has elements .*: map them"),
+        (lambda e: {"x": tf.RaggedTensor.from_row_lengths(e["pixels"], [2])}, "client_data has elements .*: map them"),
+        (lambda e: {"x": tf.range(e["label"])}, "^the examples of client 'b' cannot be put together: Cannot "),
+        (lambda e: {"x": tf.as_string(e["label"])}, f"^client 0, column 'x', .*{TEXT}"),
+    ],
+)
+def test_client_data_whose_elements_are_no_columns_are_refused(tmp_path, map_fn, message):
+    client_data = CLIENT_DATA.preprocess(lambda dataset: dataset.map(map_fn))
+    with pytest.raises(ValueError, match=message) as error:
+        ClientDataset.from_client_data(client_data, identity, directory=tmp_path)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_client_data_without_end_are_refused():
+    with pytest.raises(ValueError, match="client 'b' has examples without end: leave out `repeat`"):
+        ClientDataset.from_client_data(CLIENT_DATA.preprocess(lambda dataset: dataset.repeat()), pixels_and_label)
+
+
+DATASET = tf.data.Dataset.from_tensor_slices(GOOD)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ClientDataset(CLIENT_DATA, identity), "directory is a TestClientData, .*from_client_data takes it"),
+        (
+            lambda: ClientDataset(DATASET, identity),
+            "directory is a tf.data.Dataset, .*from_client_data takes a ClientData",
+        ),
+        (
+            lambda: ClientDataset(pd.DataFrame(), identity),
+            r"directory is a DataFrame, .*from_arrays takes dict\(frame\)",
+        ),
+        (lambda: ClientDataset([GOOD], identity), "directory is a list, .*from_arrays takes"),
+        (lambda: ClientDataset("here", None), "preprocess_fn is a NoneType, but takes a function"),
+        (lambda: ClientDataset.from_arrays(CLIENT_DATA), "clients is a TestClientData, .*from_client_data takes it"),
+        (lambda: ClientDataset.from_arrays(DATASET), "clients is a tf.data.Dataset, .*from_client_data takes a"),
+        (lambda: ClientDataset.from_arrays(pd.DataFrame()), r"clients is a DataFrame, .* takes dict\(frame\)"),
+        (
+            lambda: ClientDataset.from_arrays("here"),
+            r"clients is a str, .*ClientDataset\(directory, preprocess_fn\) opens",
+        ),
+        (
+            lambda: ClientDataset.from_arrays(GOOD["x"]),
+            "clients is a ndarray, but takes a list with the columns of each",
+        ),
+        (lambda: ClientDataset.from_arrays([GOOD], "here"), "preprocess_fn is a str, but takes a function"),
+        (lambda: ClientDataset.from_client_data([GOOD]), "client_data is a list, .*from_arrays takes"),
+        (lambda: ClientDataset.from_client_data("here"), "client_data is a str, "),
+        (lambda: ClientDataset.from_client_data(DATASET), "client_data is a tf.data.Dataset, "),
+    ],
+)
+def test_data_in_the_wrong_place_are_refused_with_what_takes_them(call, message):
+    with pytest.raises(TypeError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "client_ids",
+    [
+        [0, 5],
+        (0, 5),
+        np.array([0, 5], np.uint8),
+        [np.int64(0), np.int32(5)],
+        range(0, 6, 5),
+        tf.constant([0, 5]),
+        [tf.constant(0), 5],
+        iter([0, 5]),
+        {0: "a", 5: "b"}.keys(),
+    ],
+)
+def test_client_ids_are_any_integers(client_dataset, client_ids):
+    checked = client_dataset.check_client_ids(client_ids)
+    assert checked == [0, 5]
+    assert {type(k) for k in checked} == {int}
+
+
+@pytest.mark.parametrize(
+    ("client_ids", "error", "message"),
+    [
+        ([0, 6], ValueError, "client_ids has 6, but the clients are 0 to 5"),
+        (np.array([-1]), ValueError, "client_ids has -1, but the clients are 0 to 5"),
+        ([2**40], ValueError, "client_ids has 1099511627776, but"),
+        ([], ValueError, "client_ids is empty"),
+        ([True], TypeError, "client_ids has True: it takes integers"),
+        (np.array([True]), TypeError, "client_ids has True"),
+        ([1.0], TypeError, "client_ids has 1.0: it takes integers"),
+        (np.array([1.0]), TypeError, "client_ids has 1.0"),
+        (tf.constant([1.0]), TypeError, "client_ids has .*1.0.*: it takes integers"),
+        (["1"], TypeError, "client_ids has '1'"),
+        ("12", TypeError, "client_ids has '1'"),
+        ([None], TypeError, "client_ids has None"),
+        (np.array([[1], [2]]), TypeError, r"client_ids has array\(\[1\]\)"),
+        (tf.constant([[1], [2]]), TypeError, "client_ids has .*: it takes integers"),
+        (3, TypeError, "client_ids is 3: it takes a list of integers"),
+        (tf.constant(3), TypeError, "client_ids is .*: it takes a list of integers"),
+        (None, TypeError, "client_ids is None"),
+    ],
+)
+def test_other_client_ids_are_refused(client_dataset, client_ids, error, message):
+    with pytest.raises(error, match=message) as raised:
+        client_dataset.check_client_ids(client_ids)
+    assert "\n" not in str(raised.value)
