@@ -51,7 +51,7 @@ def saved_weights(run_dir, round_number):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--task=mnist_3nn", "--task=mnist_3nn: take one of cifar_cnn, "),
+        ("--task=mnist_3nn", "--task is 'mnist_3nn': take one of mnist_2nn, mnist_2nn_0_to_1, "),
         ("--task=cifar_cnn", "--data is embedded, but no package comes with data for cifar_cnn: leave it out"),
         ("--data=mnist6k", "--data is 'mnist6k': mnist_2nn takes mnist, mnist5k"),
         ("--partition=dirichlet", "--partition is 'dirichlet': mnist_2nn takes iid, pathological"),

@@ -7,13 +7,14 @@ import time
 import tqdm
 
 from binaries.command_line.program import first_line
+from binaries.experiment.observer import Observer
 from tff_fedavg.learning_curve import ACCURACY_FIELD
 from tff_fedavg.training import Progress
 
 _SECONDS_BETWEEN_LINES = 5.0
 
 
-class ProgressPrinter:
+class ProgressPrinter(Observer):
     """Shows round, accuracy, seconds per round and the time that is left. A context manager."""
 
     def __init__(self, run_dir: str, total_rounds: int):

@@ -34,16 +34,16 @@ class Experiment:
       ValueError: If a value is out of its range, or does not go with the others: a line that names the flag.
     """
 
-    task: str = field("Data set and model.", "mnist_2nn", takes=tuple(sorted(tasks.TASKS)))
+    task: str = field(f"Data set and model: one of {', '.join(sorted(tasks.TASKS))}.", "mnist_2nn")
     data: str = field(
         "Data source of the task, such as mnist or mnist5k; embedded is the one that comes with the packages. By "
         "default the paper's own.",
-        lambda experiment: tasks.choose(experiment.task, None, None)[0],
+        lambda experiment: _choose(experiment.task)[0],
     )
     partition: str = field(
         "How the examples are divided among the clients, such as iid or pathological; by default the first of the "
         "task's.",
-        lambda experiment: tasks.choose(experiment.task, None, None)[1],
+        lambda experiment: _choose(experiment.task)[1],
     )
     clients: int | None = field("K, the number of clients; by default the paper's.", takes=(1, _INT32_MAX))
     seed: int = field(
@@ -118,7 +118,7 @@ class Experiment:
             else:
                 value = setting.kind(value)
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "data", _chosen_data(self.task, self.data, self.partition))
+        object.__setattr__(self, "data", _choose(self.task, self.data, self.partition)[0])
         if self.algorithm == "sgd" and self.batch_size == 0:
             raise ValueError("--batch_size=0: --algorithm=sgd takes minibatches, give their size")
 
@@ -155,7 +155,7 @@ class Experiment:
         """
         for name, value in changes.items():
             if name == "data":
-                value = _chosen_data(self.task, value, self.partition)
+                value, _ = _choose(self.task, value, self.partition)
             held = getattr(self, name)
             if value != held and not SETTINGS[name].may_differ:
                 raise ValueError(
@@ -186,9 +186,9 @@ SETTINGS = {
 }
 
 
-def _chosen_data(task: str, data: str, partition: str) -> str:
-    """Returns the data source that is meant, when the task has it and the partition."""
+def _choose(task: str, data: str | None = None, partition: str | None = None) -> tuple[str, str]:
+    """As `tasks.choose`, which names an argument in what it raises: here it is a flag."""
     try:
-        return tasks.choose(task, data, partition)[0]
+        return tasks.choose(task, data, partition)
     except ValueError as e:
         raise ValueError(f"--{e}") from e

@@ -1,31 +1,18 @@
 """The run of one experiment, with its files, progress and outcome."""
 
 import os
-import pathlib
 
 import tensorflow_federated as tff
 
 import tasks
 import tff_fedavg
+from binaries.experiment.observer import Observer
 from binaries.experiment.process import build_evaluate, build_process
 from binaries.experiment.record import Experiment
 from tasks.task import Task
 from tff_fedavg import learning_curve, training
 from tff_fedavg.run_directory import RunDirectory
 from tff_fedavg.sampling import num_sampled_clients
-
-
-class Observer:
-    """Is told how the training goes; this one keeps it to itself. What one raises ends the run, after a save."""
-
-    def start(self, round_number: int) -> None:
-        """The training goes on after this round; 0 is a new run."""
-
-    def update(self, progress: training.Progress) -> None:
-        """A round has been run."""
-
-    def report_damaged(self, path: pathlib.Path, error: Exception) -> None:
-        """A saved state cannot be read, and is left aside for the one before it."""
 
 
 def run(

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from binaries.command_line.program import first_line
+from binaries.experiment.observer import Observer
 from binaries.reproduction.plan import SLOWER, Run, read_outcome
 from tff_fedavg import learning_curve
 from tff_fedavg.replacement import replacement
@@ -56,7 +57,7 @@ def execute(run: Run, results_dir: pathlib.Path, say: Callable[[str], None], *, 
     )
 
 
-class _Observer:
+class _Observer(Observer):
     """Says how the run goes, and ends it when another rate of the grid has won."""
 
     def __init__(self, run: Run, directory: pathlib.Path, say: Callable[[str], None]):
