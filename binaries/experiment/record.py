@@ -75,7 +75,7 @@ class Experiment:
     )
     learning_rate: float = field(
         "eta, the learning rate; by default one that the paper names for the model.",
-        lambda experiment: tasks.TASKS[experiment.task].learning_rate,
+        lambda experiment: tasks.TASKS[experiment.task].learning_rate if experiment.task in tasks.TASKS else None,
         takes=(0, _FLOAT32_MAX),
         above=True,
     )
@@ -119,6 +119,8 @@ class Experiment:
                 value = setting.kind(value)
             object.__setattr__(self, name, value)
         object.__setattr__(self, "data", _choose(self.task, self.data, self.partition)[0])
+        if self.learning_rate is None:
+            raise ValueError(f"--learning_rate has no default for --task={self.task}: give it")
         if self.algorithm == "sgd" and self.batch_size == 0:
             raise ValueError("--batch_size=0: --algorithm=sgd takes minibatches, give their size")
 
