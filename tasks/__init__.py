@@ -1,13 +1,16 @@
-"""Tasks: a data set, partitioned as in the paper, with its model, metrics and target accuracy.
+"""Tasks: a data set, partitioned as in the paper, with its model, metrics and target.
 
 This module knows the names only; TensorFlow is imported when a task is built.
 """
 
 import dataclasses
 import importlib
+import numbers
 import os
 import pathlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from tasks import own
 
 if TYPE_CHECKING:
     from tasks.task import Task
@@ -17,6 +20,9 @@ CACHE_DIR = "~/.cache/tff_fedavg/clients"
 
 # The partitions whose clients come with the data: one per writer, one per role.
 _NATURAL_PARTITIONS = ("writer", "role")
+
+# Between one label a client (alpha near 0) and IID (100), as Hsu, Qi and Brown (2019) have them: about five of ten.
+_DIRICHLET_ALPHA = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +48,7 @@ _MNIST_2NN = TaskEntry(
     module="tasks.mnist",
     data=("mnist", "mnist5k"),
     embedded="mnist5k",
-    partitions=("iid", "pathological", "unbalanced_iid", "unbalanced_pathological", "writer"),
+    partitions=("iid", "pathological", "unbalanced_iid", "unbalanced_pathological", "dirichlet", "writer"),
     learning_rate=0.1,
 )
 
@@ -60,7 +66,7 @@ _CIFAR = TaskEntry(
     module="tasks.cifar10",
     data=("cifar10",),
     embedded=None,
-    partitions=("iid",),
+    partitions=("iid", "dirichlet"),
     learning_rate=0.15,
 )
 
@@ -76,7 +82,7 @@ _EMNIST_2NN = TaskEntry(
     module="tasks.emnist",
     data=("digits", "all", "synthetic"),
     embedded="synthetic",
-    partitions=("writer", "iid", "pathological", "unbalanced_iid", "unbalanced_pathological"),
+    partitions=("writer", "iid", "pathological", "unbalanced_iid", "unbalanced_pathological", "dirichlet"),
     learning_rate=0.1,
 )
 
@@ -104,7 +110,13 @@ class TaskSettings:
     cache_dir: pathlib.Path
     partition: str
     clients: int | None
+    dirichlet_alpha: float | None
     seed: int
+
+    @property
+    def dirichlet_key(self) -> dict[str, float]:
+        """What the partition "dirichlet" adds to the key of the client files."""
+        return {} if self.dirichlet_alpha is None else {"dirichlet_alpha": self.dirichlet_alpha}
 
 
 def build_task(
@@ -115,17 +127,21 @@ def build_task(
     cache_dir: str | os.PathLike[str] = CACHE_DIR,
     partition: str | None = None,
     clients: int | None = None,
+    dirichlet_alpha: float | None = None,
     seed: int = 0,
 ) -> "Task":
     """Builds a task.
 
     Args:
-      name: Name of the task, of `TASKS`. Its module says which files it takes, and what its partitions are.
+      name: Name of the task, of `TASKS`; its module says which files it takes, and what its partitions are. Or where a
+        function is that builds one, as "package.module:function", "path/to/file.py:function" or "path/to/file.py" (for
+        `build`): it gets those of the arguments below that it has, and returns a `Task`. See `docs/own_task.md`.
       data: The data source; "embedded" is the one that comes with the packages. By default the paper's own.
       data_dir: Where the data are, or are kept after a download.
       cache_dir: Where the client files are kept.
       partition: How the examples are divided among the clients; by default the first of the task's.
       clients: K, the number of clients; by default the paper's. None if the partition is by writer or by role.
+      dirichlet_alpha: The alpha of the partition "dirichlet", above 0; by default 1. None for other partitions.
       seed: Seeds the partition.
 
     Raises:
@@ -133,22 +149,33 @@ def build_task(
         does not fit them.
     """
     data, partition = choose(name, data, partition)
+    if dirichlet_alpha is not None:
+        if not isinstance(dirichlet_alpha, numbers.Real) or not 0 < dirichlet_alpha < float("inf"):
+            raise ValueError(f"dirichlet_alpha is {dirichlet_alpha!r}; it must be a number above 0")
+        dirichlet_alpha = float(dirichlet_alpha)  # Part of a key, where 1 is not 1.0.
+    arguments = {
+        "data": data,
+        "data_dir": pathlib.Path(data_dir).expanduser(),
+        "cache_dir": pathlib.Path(cache_dir).expanduser(),
+        "partition": partition,
+        "clients": clients,
+        "dirichlet_alpha": dirichlet_alpha,
+        "seed": seed,
+    }
+    if name not in TASKS:
+        defaults = {"data_dir": pathlib.Path(DATA_DIR).expanduser(), "cache_dir": pathlib.Path(CACHE_DIR).expanduser()}
+        return own.build(name, arguments, [a for a, value in arguments.items() if value != defaults.get(a)])
     if clients is not None and partition in _NATURAL_PARTITIONS:
         raise ValueError(f"clients is {clients}, but partition={partition} has one client for each: leave it out")
-    settings = TaskSettings(
-        name=name,
-        data=data,
-        data_dir=pathlib.Path(data_dir).expanduser(),
-        cache_dir=pathlib.Path(cache_dir).expanduser(),
-        partition=partition,
-        clients=clients,
-        seed=seed,
-    )
-    return importlib.import_module(TASKS[name].module).build_task(settings)
+    if partition == "dirichlet":
+        arguments["dirichlet_alpha"] = _DIRICHLET_ALPHA if dirichlet_alpha is None else dirichlet_alpha
+    elif dirichlet_alpha is not None:
+        raise ValueError(f"dirichlet_alpha is {dirichlet_alpha}, but partition={partition} has none: leave it out")
+    return importlib.import_module(TASKS[name].module).build_task(TaskSettings(name=name, **arguments))
 
 
-def choose(name: str, data: str | None, partition: str | None) -> tuple[str, str]:
-    """Returns the data source and the partition that are meant.
+def choose(name: str, data: str | None, partition: str | None) -> tuple[str | None, str | None]:
+    """Returns the data source and the partition that are meant; of a task of one's own, those that are given.
 
     Args:
       name: As for `build_task`.
@@ -159,7 +186,11 @@ def choose(name: str, data: str | None, partition: str | None) -> tuple[str, str
       ValueError: If there is no such task, data source or partition.
     """
     if name not in TASKS:
-        raise ValueError(f"task is {name!r}: take one of {', '.join(TASKS)}")
+        if not own.is_own(name):
+            raise ValueError(
+                f"task is {name!r}: take one of {', '.join(TASKS)}, or your own as module:function or file.py:function"
+            )
+        return data, partition
     entry = TASKS[name]
     if data == "embedded":
         if entry.embedded is None:
@@ -170,3 +201,10 @@ def choose(name: str, data: str | None, partition: str | None) -> tuple[str, str
         if chosen[argument] not in values:
             raise ValueError(f"{argument} is {chosen[argument]!r}: {name} takes {', '.join(values)}")
     return chosen["data"], chosen["partition"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what a task is made of, and TensorFlow, when it is needed."""
+    if name not in ("Target", "Task"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("tasks.task"), name)

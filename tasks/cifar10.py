@@ -22,10 +22,10 @@ import tensorflow as tf
 
 from tasks import TaskSettings
 from tasks.files import find_file, sha256
-from tasks.task import CLASSIFICATION, Task, cut_into_parts
+from tasks.task import CLASSIFICATION, Target, Task, cut_into_parts
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
-from tff_fedavg.partition import iid
+from tff_fedavg.partition import build_partition
 
 _DIRECTORY = "cifar-10-batches-bin"
 _ARCHIVES = {
@@ -68,13 +68,17 @@ def build_task(settings: TaskSettings) -> Task:
 
     def train_clients() -> Iterator[Mapping[str, np.ndarray]]:
         train, _ = load_once()
-        return (_examples(train[indices]) for indices in iid(len(train), clients, settings.seed))
+        parts = build_partition(
+            settings.partition, train["label"], clients, settings.seed, dirichlet_alpha=settings.dirichlet_alpha
+        )
+        return (_examples(train[indices]) for indices in parts)
 
     def test_parts() -> Iterator[Mapping[str, np.ndarray]]:
         _, test = load_once()
         return cut_into_parts(_examples(test))
 
     key = {"checksums": checksums, "partition": settings.partition, "clients": clients, "seed": settings.seed}
+    key |= settings.dirichlet_key
     return Task(
         name=settings.name,
         train=prepare_client_dataset(
@@ -89,7 +93,7 @@ def build_task(settings: TaskSettings) -> Task:
         ),
         keras_model_fn=models.cifar_cnn,
         **CLASSIFICATION,
-        target_accuracy=_TARGET,
+        target=Target(_TARGET),
         label_names=lambda: _CLASSES,
         checksums=checksums,
     )

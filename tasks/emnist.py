@@ -22,7 +22,7 @@ import tensorflow_federated as tff
 
 from tasks import TaskSettings, tff_sqlite
 from tasks.files import sha256
-from tasks.task import CLASSIFICATION, Task, cut_into_parts
+from tasks.task import CLASSIFICATION, Target, Task, cut_into_parts
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
 from tff_fedavg.partition import build_partition
@@ -78,13 +78,16 @@ def build_task(settings: TaskSettings) -> Task:
         if partition == "writer":
             return read_writers("train")
         examples = _join(read_writers("train"))
-        parts = build_partition(partition, examples["label"], clients, settings.seed)
+        parts = build_partition(
+            partition, examples["label"], clients, settings.seed, dirichlet_alpha=settings.dirichlet_alpha
+        )
         return (_take(examples, indices) for indices in parts)
 
     def test_parts() -> Iterable[Examples]:
         return cut_into_parts(_join(read_writers("test")))
 
     train_key = {"partition": partition, "clients": clients, "seed": None if partition == "writer" else settings.seed}
+    train_key |= settings.dirichlet_key
     return Task(
         name=settings.name,
         train=prepare_client_dataset(
@@ -99,7 +102,7 @@ def build_task(settings: TaskSettings) -> Task:
         ),
         keras_model_fn=lambda: _KERAS_MODELS[settings.name](_NUM_CLASSES[data]),
         **CLASSIFICATION,
-        target_accuracy=_TARGETS[settings.name, data],
+        target=Target(_TARGETS[settings.name, data]),
         label_names=lambda: list(_CLASSES[: _NUM_CLASSES[data]]),
         checksums=checksums,
     )

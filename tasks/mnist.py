@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from tasks import TaskSettings
 from tasks.files import find_file, read_file, sha256
-from tasks.task import CLASSIFICATION, Task, cut_into_parts
+from tasks.task import CLASSIFICATION, Target, Task, cut_into_parts
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
 from tff_fedavg.partition import build_partition, natural
@@ -91,7 +91,9 @@ def build_task(settings: TaskSettings) -> Task:
         if writers_file is not None:
             indices_of_clients = natural(_read_writers(writers_file, len(labels)))
         else:
-            indices_of_clients = build_partition(partition, labels, clients, settings.seed)
+            indices_of_clients = build_partition(
+                partition, labels, clients, settings.seed, dirichlet_alpha=settings.dirichlet_alpha
+            )
         for indices in indices_of_clients:
             yield {"image": images[indices], "label": labels[indices]}
 
@@ -102,6 +104,7 @@ def build_task(settings: TaskSettings) -> Task:
     variant = _VARIANTS[settings.name]
     preprocess = functools.partial(_preprocess, background=variant.background)
     key = {"checksums": checksums, "partition": partition, "clients": clients, "seed": settings.seed}
+    key |= settings.dirichlet_key
     return Task(
         name=settings.name,
         train=prepare_client_dataset(
@@ -112,7 +115,7 @@ def build_task(settings: TaskSettings) -> Task:
         ),
         keras_model_fn=variant.keras_model_fn,
         **CLASSIFICATION,
-        target_accuracy=variant.targets[data],
+        target=Target(variant.targets[data]),
         label_names=lambda: [str(digit) for digit in range(10)],
         checksums=checksums,
     )

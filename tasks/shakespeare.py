@@ -28,7 +28,7 @@ import tensorflow_federated as tff
 
 from tasks import TaskSettings, plays, tff_sqlite
 from tasks.files import find_file, read_text, sha256
-from tasks.task import Task, next_symbol
+from tasks.task import Target, Task, next_symbol
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
 from tff_fedavg.partition import iid
@@ -109,7 +109,7 @@ def build_task(settings: TaskSettings) -> Task:
         ),
         keras_model_fn=models.char_lstm,
         **next_symbol(padding=PADDING, unroll=_UNROLL),
-        target_accuracy=_TARGET,
+        target=Target(_TARGET),
         label_names=lambda: [*map(chr, range(256)), "\N{END OF TEXT}", "\N{START OF TEXT}", ""],
         checksums=checksums,
     )

@@ -35,7 +35,7 @@ import tqdm
 
 from tasks import TaskSettings, plays, tff_sqlite
 from tasks.files import find_file, sha256
-from tasks.task import Task, cut_into_parts, next_symbol
+from tasks.task import Target, Task, cut_into_parts, next_symbol
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
 
@@ -128,7 +128,7 @@ def build_task(settings: TaskSettings) -> Task:
         test=prepare_client_dataset(settings.cache_dir, {"name": f"words-{data}-test", **key}, test_parts, _preprocess),
         keras_model_fn=models.word_lstm,
         **next_symbol(padding=PADDING, unroll=_UNROLL, not_counted=[OUT_OF_VOCABULARY, END_OF_POST]),
-        target_accuracy=_TARGET,
+        target=Target(_TARGET),
         label_names=lambda: ["", "<unknown> ", "", "", *(f"{word} " for word in vocabulary())],
         checksums=checksums,
     )

@@ -1,7 +1,8 @@
-"""What a task is: all that an algorithm of `tff_fedavg` needs to train and evaluate one of the paper's models."""
+"""What a task is: all that an algorithm of `tff_fedavg` needs to train and evaluate a model on data of clients."""
 
-import collections
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,9 +11,13 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_fedavg.client_data import ClientDataset
+from tff_fedavg.functional_model import Loss, Metric, functional_model_from_keras
 from tff_fedavg.masked import MaskedAccuracy, MaskedCrossentropy
 
 _EXAMPLES_PER_TEST_PART = 1000
+
+# The metric that every model has; see `functional_model_from_keras`.
+LOSS = "loss"
 
 # The loss and the metrics of a task whose examples have one label each, from logits.
 CLASSIFICATION = {
@@ -52,6 +57,25 @@ def cut_into_parts(examples: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.
 
 
 @dataclasses.dataclass(frozen=True)
+class Target:
+    """A value of a metric on the test set; what counts is the rounds until it is reached.
+
+    Attributes:
+      value: The value.
+      metric: Name of the metric.
+      lower_is_better: Whether the metric is to fall to the value, as an error, or to rise to it.
+    """
+
+    value: float
+    metric: str = "accuracy"
+    lower_is_better: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.value, numbers.Real) or not math.isfinite(self.value):
+            raise ValueError(f"the target is {self.value!r}; it must be a number")
+
+
+@dataclasses.dataclass(frozen=True)
 class Task:
     """A data set with its partition, a model and a target.
 
@@ -60,27 +84,61 @@ class Task:
       train: The clients' training examples.
       test: The test set. It is cut into "clients" too, which are evaluated in parallel.
       keras_model_fn: Builds the architecture.
-      loss: Loss of the model's outputs.
-      metrics: Constructors of the metrics on the test set; "accuracy" is the one that the target is about.
-      target_accuracy: Test accuracy whose rounds the paper counts.
-      label_names: Returns what the labels stand for. Of a text they read as it does when set next to each other: a
-        word ends in a space, and padding is empty.
+      loss: Loss of the model's outputs, as for `functional_model_from_keras`.
+      metrics: The metrics on the test set, or their constructors, by name.
+      target: The target whose rounds are counted, if there is one; for the paper's tasks, a test accuracy.
+      label_names: Returns what the labels stand for, if they are names. Of a text they read as it does when set next to
+        each other: a word ends in a space, and padding is empty.
       checksums: SHA-256 of the files that the data came from, by file name; of a large database, see its task.
+
+    Raises:
+      TypeError: If one of them is of another type.
     """
 
     name: str
     train: ClientDataset
     test: ClientDataset
     keras_model_fn: Callable[[], tf.keras.Model]
-    loss: tf.keras.losses.Loss
-    metrics: Mapping[str, Callable[[], tf.keras.metrics.Metric]]
-    target_accuracy: float
-    label_names: Callable[[], Sequence[str]]
-    checksums: Mapping[str, str]
+    loss: Loss
+    metrics: Mapping[str, Metric]
+    target: Target | None = None
+    label_names: Callable[[], Sequence[str]] | None = None
+    checksums: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        takes = {
+            "name": (isinstance(self.name, str), "a string"),
+            "train": (isinstance(self.train, ClientDataset), "a ClientDataset"),
+            "test": (
+                isinstance(self.test, ClientDataset),
+                "a ClientDataset, such as ClientDataset.from_arrays([test])",
+            ),
+            "keras_model_fn": (
+                callable(self.keras_model_fn) and not isinstance(self.keras_model_fn, tf.keras.Model),
+                "a function that builds a model anew",
+            ),
+            "loss": (
+                isinstance(self.loss, str) or (callable(self.loss) and not isinstance(self.loss, type)),
+                "a tf.keras.losses.Loss, a function of (y_true, y_pred) or a name",
+            ),
+            "metrics": (
+                isinstance(self.metrics, Mapping) and all(isinstance(name, str) and name for name in self.metrics),
+                "a mapping from names to metrics",
+            ),
+            "target": (self.target is None or isinstance(self.target, Target), "a Target, or None"),
+            "label_names": (self.label_names is None or callable(self.label_names), "a function, or None"),
+            "checksums": (isinstance(self.checksums, Mapping), "a mapping from file names to checksums"),
+        }
+        for field, (is_right, what) in takes.items():
+            if not is_right:
+                raise TypeError(f"{field} of the task is {getattr(self, field)!r}; it must be {what}")
+
+    @property
+    def target_accuracy(self) -> float | None:
+        """The target, if it is an accuracy."""
+        return self.target.value if self.target is not None and self.target.metric == "accuracy" else None
 
     def build_model(self, seed: int) -> tff.learning.models.FunctionalModel:
         """Builds the model with initial weights w_0 drawn from `seed` (sets the global seeds of Keras on the way)."""
         tf.keras.utils.set_random_seed(seed)
-        return tff.learning.models.functional_model_from_keras(
-            self.keras_model_fn(), self.loss, self.train.batch_spec, collections.OrderedDict(self.metrics)
-        )
+        return functional_model_from_keras(self.keras_model_fn, self.loss, self.train.batch_spec, self.metrics)

@@ -15,7 +15,7 @@ WORDS = ["", "to ", "be ", "or ", "not "]
 def build_task(directory, clients, preprocess_fn, label_names):
     write_client_dataset(directory, clients)
     dataset = ClientDataset(directory, preprocess_fn)
-    return Task("a_task", dataset, dataset, lambda: None, None, {}, 0.5, lambda: label_names, {})
+    return Task("a_task", dataset, dataset, lambda: None, "mse", {}, label_names=lambda: label_names)
 
 
 @pytest.fixture

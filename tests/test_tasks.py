@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import tasks
@@ -21,6 +22,18 @@ ROOT = pathlib.Path(__file__).parent.parent
         (dict(name="mnist_2nn", partition="writer", clients=5), "clients is 5, but partition=writer has one client"),
         (dict(name="emnist_2nn", partition="writer", clients=5), "clients is 5, but partition=writer has one client"),
         (dict(name="shakespeare_lstm", partition="role", clients=5), "clients is 5, but partition=role has one client"),
+        (
+            dict(name="mnist_2nn", dirichlet_alpha=0.5),
+            "dirichlet_alpha is 0.5, but partition=iid has none: leave it out",
+        ),
+        (dict(name="emnist_2nn", dirichlet_alpha=1), "dirichlet_alpha is 1.0, but partition=writer has none"),
+        *(
+            (
+                dict(name="cifar_cnn", partition="dirichlet", dirichlet_alpha=alpha),
+                f"dirichlet_alpha is {alpha!r}; it must",
+            )
+            for alpha in (0, -1.0, float("inf"), float("nan"), "1")
+        ),
     ],
 )
 def test_bad_settings_are_refused_before_data_are_looked_for_and_the_choices_are_named(tmp_path, settings, message):
@@ -41,7 +54,42 @@ def test_task_is_built_from_its_name_and_embedded_data(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [tmp_path / "clients"]
 
 
+def test_client_files_of_older_versions_are_found(tmp_path):
+    """The names that they had before there were Dirichlet partitions."""
+    for partition, name in (("iid", "b851e573f68ccd66"), ("pathological", "e77c5961ec96166a")):
+        settings = {} if partition == "iid" else {"seed": 3, "clients": 20}
+        task = tasks.build_task("mnist_2nn", data="embedded", partition=partition, **settings, cache_dir=tmp_path)
+        assert task.train.directory.name == f"mnist5k-{partition}-{name}"
+
+
+def label_shares(task, num_labels=10):
+    labels = [task.train.load(k)["label"] for k in range(task.train.num_clients)]
+    return np.array([np.bincount(client, minlength=num_labels) / len(client) for client in labels])
+
+
+def test_dirichlet_partition_depends_on_alpha_and_so_do_its_files(tmp_path):
+    def build(alpha):
+        return tasks.build_task(
+            "mnist_2nn", data="embedded", partition="dirichlet", dirichlet_alpha=alpha, clients=50, cache_dir=tmp_path
+        )
+
+    spreads = {alpha: label_shares(build(alpha)).var() for alpha in (0.1, 1, 100)}
+    for alpha, spread in spreads.items():
+        # p = 0.1; the second factor is what 80 draws add.
+        assert spread == pytest.approx(0.1 * 0.9 / (alpha + 1) * (1 + alpha / 80), rel=0.2)
+    assert build(None).train.directory == build(1).train.directory == build(1.0).train.directory
+    assert len(list(tmp_path.iterdir())) == 3 + 1
+
+
+def test_emnist_has_dirichlet_clients_of_all_writers(tmp_path):
+    task = tasks.build_task("emnist_2nn", data="embedded", partition="dirichlet", clients=4, cache_dir=tmp_path)
+    assert task.train.num_examples.tolist() == [5, 5, 5, 5]
+
+
 def test_names_are_known_without_tensorflow():
-    code = "import sys, tasks; print(len(tasks.TASKS) > 0, 'tensorflow' in sys.modules)"
+    code = (
+        "import sys, tasks; print(len(tasks.TASKS) > 0, tasks.choose('my.module:build', 'mine', None), "
+        "'tensorflow' in sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["True", "False"]
+    assert result.stdout == "True ('mine', None) False\n"

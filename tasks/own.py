@@ -1,0 +1,97 @@
+"""Tasks of one's own: functions that build a `Task`, in any module or file, found by name.
+
+What goes wrong in finding and calling one is an error of one line. What its own code raises is left as it is.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tasks.task import Task
+
+_MODULE_AND_FUNCTION = re.compile(r"\w+(\.\w+)*:\w+")
+_FILE_AND_FUNCTION = re.compile(r"(.+\.py)(?::(\w+))?")
+_DEFAULT_FUNCTION = "build"
+
+
+def is_own(name: str) -> bool:
+    """Whether a name is "package.module:function", "path/to/file.py:function" or "path/to/file.py".
+
+    Raises:
+      ValueError: If it is of a file that does not exist.
+    """
+    if file := _FILE_AND_FUNCTION.fullmatch(name):
+        if not pathlib.Path(file[1]).expanduser().is_file():
+            raise ValueError(f"task is {name!r}, but there is no file {file[1]}")
+        return True
+    return _MODULE_AND_FUNCTION.fullmatch(name) is not None
+
+
+def build(name: str, arguments: Mapping[str, Any], given: Collection[str]) -> "Task":
+    """Builds a task with the function of this name.
+
+    Args:
+      name: As for `is_own`.
+      arguments: What the function can take, by name. It is called with what it declares; with an argument that is not
+        in `given`, only where it has no default of its own.
+      given: The arguments that were given, which it has to take, but for the seed: that is for the training, too.
+
+    Raises:
+      ValueError: If there is no such function, it does not take these arguments, or it does not return a `Task`.
+    """
+    from tasks.task import LOSS, Task  # Imports TensorFlow.
+
+    function = _find(name)
+    signature = inspect.signature(function)
+    parameters = signature.parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    declared = [argument for argument in arguments if takes_any or argument in parameters]
+    for argument in given:
+        if argument not in (*declared, "seed"):
+            takes = ", ".join(declared) or "none"
+            raise ValueError(f"{argument} is {arguments[argument]!r}, but {name} does not take it: it takes {takes}")
+    required = [p.name for p in parameters.values() if p.default is p.empty]
+    passed = {argument: arguments[argument] for argument in declared if argument in (*given, *required)}
+    try:
+        signature.bind(**passed)
+    except TypeError as e:
+        raise ValueError(f"{name} cannot be called ({e}); it can take {', '.join(arguments)}, by name") from e
+    task = function(**passed)
+    if not isinstance(task, Task):
+        raise ValueError(f"{name} returns a {type(task).__name__}; it has to return a tasks.Task")
+    if task.target is not None and task.target.metric not in (LOSS, *task.metrics):
+        metrics = ", ".join((LOSS, *task.metrics))
+        raise ValueError(f"{name} returns a task with a target for {task.target.metric!r}; its metrics are {metrics}")
+    return task
+
+
+def _find(name: str) -> Callable[..., Any]:
+    if file := _FILE_AND_FUNCTION.fullmatch(name):
+        source, function = file[1], file[2] or _DEFAULT_FUNCTION
+        module = _load(pathlib.Path(source).expanduser())
+    else:
+        source, _, function = name.partition(":")
+        try:
+            module = importlib.import_module(source)
+        except ModuleNotFoundError as e:
+            if not f"{source}.".startswith(f"{e.name}."):  # It is there, and what it imports is not.
+                raise
+            raise ValueError(f"task is {name!r}, but there is no module {e.name} on Python's path") from e
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"task is {name!r}, but {source} has no function {function}")
+    return getattr(module, function)
+
+
+def _load(path: pathlib.Path):
+    """Imports a file under a name that hides no other module."""
+    spec = importlib.util.spec_from_file_location(f"own_task_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # Where dataclasses look for it.
+    spec.loader.exec_module(module)
+    return module

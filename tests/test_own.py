@@ -1,0 +1,216 @@
+"""Tasks of one's own: found by name, called with what they take, checked; and the one in the documentation."""
+
+import dataclasses
+import re
+import traceback
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from test_tasks import ROOT
+
+import tasks
+import tff_fedavg
+
+TASK = """
+import numpy as np
+import tasks
+from tff_fedavg import ClientDataset
+
+DATASET = ClientDataset.from_arrays([{"x": np.zeros([3, 2], np.float32), "y": np.zeros(3, np.float32)}])
+
+def make(**more):
+    return tasks.Task("mine", DATASET, DATASET, lambda: None, "mse", {"mae": "mae"}, **more)
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(code, name="my_task.py"):
+        (tmp_path / name).write_text(TASK + code)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_a_task_is_built_by_a_file_or_its_function(write):
+    path = write("def build(): return make()\ndef other(): return make(target=tasks.Target(1.0, 'mae', True))")
+    assert tasks.build_task(path).target is None
+    assert tasks.build_task(f"{path}:build").name == "mine"
+    assert tasks.build_task(f"{path}:other").target == tasks.Target(1.0, metric="mae", lower_is_better=True)
+
+
+def test_a_task_is_built_by_the_function_of_a_module(write, tmp_path, monkeypatch):
+    (tmp_path / "my_package").mkdir()
+    write("def build(): return make()", "my_package/my_task.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert isinstance(tasks.build_task("my_package.my_task:build"), tasks.Task)
+
+
+def test_a_file_is_read_anew_and_hides_no_module(write):
+    for name in ("one", "two"):
+        path = write(f"def build(): return tasks.Task(**{{**vars(make()), 'name': {name!r}}})", "mnist.py")
+        assert tasks.build_task(path).name == name
+    assert tasks.build_task("mnist_2nn", data="embedded").name == "mnist_2nn"
+
+
+def test_a_file_may_have_dataclasses(write):
+    code = "import dataclasses\n@dataclasses.dataclass\nclass A:\n    b: 'int' = 1\n"
+    assert tasks.build_task(write(f"{code}def build(): return make(checksums=vars(A()))")).checksums == {"b": 1}
+
+
+SEEN = "def build({}):\n    return make(checksums={{k: str(v) for k, v in locals().items()}})"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "settings", "seen"),
+    [
+        ("", {}, {}),
+        ("seed", {"seed": 3}, {"seed": "3"}),
+        ("", {"seed": 3}, {}),
+        ("clients, data", {}, {"clients": "None", "data": "None"}),
+        ("clients=7, data='d', data_dir='here'", {}, {"clients": "7", "data": "d", "data_dir": "here"}),
+        ("*, clients=7, partition", {"clients": 2, "partition": "p"}, {"clients": "2", "partition": "p"}),
+        ("data_dir, cache_dir=1", {"data_dir": "/a", "cache_dir": "/b"}, {"data_dir": "/a", "cache_dir": "/b"}),
+        ("dirichlet_alpha", {"dirichlet_alpha": 2}, {"dirichlet_alpha": "2.0"}),
+        ("mine=5", {}, {"mine": "5"}),
+        ("**more", {"seed": 1, "data": "embedded"}, {"more": "{'data': 'embedded', 'seed': 1}"}),
+    ],
+)
+def test_it_is_called_with_the_arguments_that_it_declares(write, parameters, settings, seen):
+    assert tasks.build_task(write(SEEN.format(parameters)), **settings).checksums == seen
+
+
+@pytest.mark.parametrize(
+    ("code", "settings", "message"),
+    [
+        ("def build(seed): pass", {"clients": 3}, "clients is 3, but NAME does not take it: it takes seed"),
+        ("def build(): pass", {"partition": "iid"}, "partition is 'iid', but NAME does not take it: it takes none"),
+        ("def build(seed): pass", {"data_dir": "x"}, r"data_dir is PosixPath\('x'\), but NAME does not take it"),
+        (
+            "def build(mine): pass",
+            {},
+            r"NAME cannot be called \(missing a required argument: 'mine'\); it can take data, ",
+        ),
+        ("def build(seed, /): pass", {}, r"NAME cannot be called \('seed' parameter is positional only"),
+        ("def build(): return DATASET", {}, "NAME returns a ClientDataset; it has to return a tasks.Task"),
+        ("def build(): make()", {}, "NAME returns a NoneType; it has to return a tasks.Task"),
+        ("def other(): pass", {}, "task is 'NAME', but NAME has no function build"),
+        ("build = make()", {}, "task is 'NAME', but NAME has no function build"),
+        (
+            "def build(): return make(target=tasks.Target(0.9))",
+            {},
+            "NAME returns a task with a target for 'accuracy'; its metrics are loss, mae",
+        ),
+        ("def build(): pass", {"dirichlet_alpha": -1}, "dirichlet_alpha is -1; it must be a number above 0"),
+    ],
+)
+def test_what_does_not_fit_is_an_error_of_a_line(write, code, settings, message):
+    path = write(code)
+    with pytest.raises(ValueError, match="^" + message.replace("NAME", re.escape(path))) as error:
+        tasks.build_task(path, **settings)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no/such/file.py", "task is 'no/such/file.py', but there is no file no/such/file.py"),
+        ("no/such/file.py:build", "task is 'no/such/file.py:build', but there is no file no/such/file.py"),
+        ("no_package:build", "task is 'no_package:build', but there is no module no_package on Python's path"),
+        ("tasks.no_module:build", "but there is no module tasks.no_module on Python's path"),
+        ("tasks.mnist.no_module:build", "but there is no module tasks.mnist.no_module on Python's path"),
+        ("tasks.mnist:no_function", "task is 'tasks.mnist:no_function', but tasks.mnist has no function no_function"),
+        ("my_task", "task is 'my_task': take one of mnist_2nn, .*, or your own as module:function or file.py:function"),
+        (":build", "task is ':build': take one of"),
+        (".tasks:build", "task is '.tasks:build': take one of"),
+        ("", "task is '': take one of"),
+    ],
+)
+def test_a_name_of_nothing_is_an_error_of_a_line(name, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.build_task(name)
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("import no_such_module\ndef build(): return make()", ModuleNotFoundError),
+        ("def build(): return {}['key']", KeyError),
+        ("def build(): raise ValueError('mine')", ValueError),
+        ("def build(): return make(target=0.9)", TypeError),
+    ],
+)
+def test_what_its_own_code_raises_says_where(write, code, error):
+    path = write(code)
+    with pytest.raises(error) as raised:
+        tasks.build_task(path)
+    assert any(frame.filename == path for frame in traceback.extract_tb(raised.value.__traceback__))
+
+
+def test_a_module_whose_own_import_fails_is_not_taken_for_missing(tmp_path, monkeypatch):
+    (tmp_path / "imports_nothing.py").write_text("import no_such_module")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        tasks.build_task("imports_nothing:build")
+
+
+@pytest.fixture(scope="module")
+def task():
+    return tasks.build_task(str(ROOT / "docs/examples/auto_mpg.py"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", None),
+        ("train", []),
+        ("test", {"x": np.zeros(3)}),
+        ("keras_model_fn", tf.keras.Sequential()),
+        ("keras_model_fn", None),
+        ("loss", None),
+        ("loss", tf.keras.losses.MeanSquaredError),
+        ("metrics", ["mae"]),
+        ("metrics", {1: "mae"}),
+        ("target", 0.9),
+        ("label_names", ["a", "b"]),
+        ("checksums", None),
+    ],
+)
+def test_a_task_is_checked_when_it_is_made(task, field, value):
+    with pytest.raises(TypeError, match=f"^{field} of the task is .*; it must be ") as error:
+        dataclasses.replace(task, **{field: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [None, "0.9", float("nan"), float("inf")])
+def test_a_target_is_a_number(value):
+    with pytest.raises(ValueError, match="the target is .*; it must be a number"):
+        tasks.Target(value)
+
+
+def test_target_accuracy_is_that_of_a_target_for_the_accuracy(task):
+    assert task.target_accuracy is None
+    assert dataclasses.replace(task, target=None).target_accuracy is None
+    assert dataclasses.replace(task, target=tasks.Target(0.9)).target_accuracy == 0.9
+
+
+def test_documented_task_has_a_client_for_each_make_and_learns(worker, task):
+    assert task.train.num_examples.sum() + task.test.num_examples.sum() == 392
+    assert task.train.num_clients > 30
+    model = task.build_model(seed=0)
+    process = tff_fedavg.build_fed_avg(model, task.train, epochs=5, batch_size=10, learning_rate=0.003)
+    evaluate = tff_fedavg.build_fed_eval(model, task.test)
+    state = process.initialize()
+    clients = [k for k in range(task.train.num_clients) if task.train.num_examples[k] > 10]
+    for _ in range(5):
+        state, _ = process.next(state, clients)
+    errors = [evaluate(s.global_model_weights, [0])[task.target.metric] for s in (process.initialize(), state)]
+    # Always the mean is 6.5 miles off.
+    assert errors[1] < 4 < errors[0]
+
+
+def test_documentation_shows_the_code_as_it_is():
+    code = (ROOT / "docs/examples/auto_mpg.py").read_text()
+    assert len(code.splitlines()) < 60
+    assert f"```python\n{code}```" in (ROOT / "docs/own_task.md").read_text()
