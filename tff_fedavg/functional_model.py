@@ -6,7 +6,7 @@ layers add, and draws other random numbers in each run. Here the model is traced
 
 import collections
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -102,6 +102,17 @@ class KerasFunctionalModel(tff.learning.models.FunctionalModel):
         trainable, non_trainable = model_weights
         return self._predict(x, variables=[*trainable, *non_trainable])
 
+    def update_metrics_state(
+        self,
+        state: Any,
+        labels: Any,
+        batch_output: tff.learning.models.BatchOutput,
+        sample_weight: tf.Tensor | None = None,
+    ) -> Any:
+        """As of any functional model; metrics are not weighted, as those of `tf.keras.Model.compile(metrics=...)`."""
+        labels = _with_rank_of(batch_output.predictions, labels)
+        return super().update_metrics_state(state, labels, batch_output, sample_weight)
+
     def loss_and_gradient(
         self, model_weights: Weights, batch: tuple[Any, ...], *, seed: tf.Tensor, scale: float | tf.Tensor = 1.0
     ) -> tuple[tf.Tensor, list[tf.Tensor | tf.IndexedSlices]]:
@@ -135,8 +146,11 @@ def _check_policy(keras_model: tf.keras.Model) -> None:
             )
 
 
-def _layers(keras_model: tf.keras.Model) -> list[tf.keras.layers.Layer]:
-    return [module for module in keras_model.submodules if isinstance(module, tf.keras.layers.Layer)]
+def _layers(layer: tf.keras.layers.Layer) -> Iterator[tf.keras.layers.Layer]:
+    """Yields the layers of a model or a layer, at any depth."""
+    for inner in getattr(layer, "layers", ()):
+        yield inner
+        yield from _layers(inner)
 
 
 def _changed_in_training(keras_model: tf.keras.Model, error: ChangedVariableError) -> str:
@@ -162,12 +176,20 @@ def _loss_fn(loss: Loss) -> Callable[..., tf.Tensor]:
         loss = tf.keras.__internal__.losses.LossFunctionWrapper(loss)
 
     def loss_fn(output: Any, label: Any, sample_weight: tf.Tensor | None = None) -> tf.Tensor:
-        if tf.is_tensor(output) and output.shape[1:] == [1] and label.shape.rank == 1:
-            label = label[:, tf.newaxis]
-        value = loss(label, output, sample_weight)
+        value = loss(_with_rank_of(output, label), output, sample_weight)
         return value if value.shape.rank == 0 else tf.reduce_mean(value)
 
     return loss_fn
+
+
+def _with_rank_of(output: Any, label: Any) -> Any:
+    """Returns labels `[batch]` as `[batch, 1]` where the outputs are so: else both would be spread to a square."""
+    return label[:, tf.newaxis] if _lacks_rank_of(output, label) else label
+
+
+def _lacks_rank_of(output: Any, label: Any) -> bool:
+    output_shape, label_shape = getattr(output, "shape", None), getattr(label, "shape", None)
+    return None not in (output_shape, label_shape) and output_shape[1:] == [1] and label_shape.rank == 1
 
 
 def _metric_constructors(
@@ -179,6 +201,10 @@ def _metric_constructors(
     else:
         constructors = [_constructor(metric, output_spec, y_spec) for metric in metrics]
         named = {constructor().name: constructor for constructor in constructors}
+        if len(named) < len(constructors):
+            raise ValueError(f"several metrics have the same name: give them others, or as a mapping: {list(named)}")
+    if _lacks_rank_of(output_spec, y_spec):
+        y_spec = tf.TensorSpec([None, 1], y_spec.dtype)
     # Traced, for what a loss function may capture.
     mean_loss = TracedFunction("the loss", loss_fn, [output_spec, y_spec])
     return collections.OrderedDict({_LOSS_METRIC: functools.partial(_MeanLoss, mean_loss), **named})
@@ -197,26 +223,24 @@ class _MeanLoss(tf.keras.metrics.Mean):
 
 
 def _constructor(metric: Metric, output_spec: Any, y_spec: Any) -> Callable[[], tf.keras.metrics.Metric]:
+    if metric in ("accuracy", "acc"):
+        return functools.partial(_accuracy(output_spec, y_spec), name=metric)
     if isinstance(metric, str):
-        metric = _metric_of_name(metric, output_spec, y_spec)
+        found = tf.keras.metrics.get(metric)
+        if not isinstance(found, tf.keras.metrics.Metric):
+            return functools.partial(tf.keras.metrics.MeanMetricWrapper, found, name=metric)
+        metric = found
     if isinstance(metric, tf.keras.metrics.Metric):
         return functools.partial(type(metric).from_config, metric.get_config())
     if not callable(metric):
-        raise TypeError(
-            f"a metric is {metric!r}; it must be a tf.keras.metrics.Metric, a function that makes one, or a name"
-        )
+        raise TypeError(f"a metric is {metric!r}; it must be a Keras metric, a function that makes one, or a name")
     return metric
 
 
-def _metric_of_name(name: str, output_spec: Any, y_spec: Any) -> tf.keras.metrics.Metric:
-    """Returns the metric that `tf.keras.Model.compile` takes the name for."""
-    if name in ("accuracy", "acc"):
-        if output_spec.shape[-1] == 1:
-            return tf.keras.metrics.BinaryAccuracy(name)
-        if y_spec.shape.rank < output_spec.shape.rank or y_spec.shape[-1] == 1:
-            return tf.keras.metrics.SparseCategoricalAccuracy(name)
-        return tf.keras.metrics.CategoricalAccuracy(name)
-    metric = tf.keras.metrics.get(name)
-    if isinstance(metric, tf.keras.metrics.Metric):
-        return metric
-    return tf.keras.metrics.MeanMetricWrapper(metric, name=name)
+def _accuracy(output_spec: tf.TensorSpec, y_spec: tf.TensorSpec) -> type[tf.keras.metrics.Metric]:
+    """Returns what `tf.keras.Model.compile` takes "accuracy" for."""
+    if output_spec.shape[-1] == 1:
+        return tf.keras.metrics.BinaryAccuracy
+    if y_spec.shape.rank < output_spec.shape.rank or y_spec.shape[-1] == 1:
+        return tf.keras.metrics.SparseCategoricalAccuracy
+    return tf.keras.metrics.CategoricalAccuracy

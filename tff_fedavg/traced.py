@@ -143,6 +143,7 @@ class TracedFunction:
         without_effect = set()
         for node in graph_def.node:
             node.device = ""
+            node.attr.pop("_class", None)  # Where it is placed, too.
             if node.op == "ReadVariableOp" and node.input[0] in variable_of:
                 node.op = "Identity"
                 node.input[0] = _value_of(node.input[0])

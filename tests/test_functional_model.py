@@ -1,0 +1,379 @@
+"""Any Keras model: one step here is one `train_on_batch` of Keras, or one line says why not."""
+
+import functools
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from numpy_model import max_difference
+
+from tff_fedavg import ClientDataset, build_fed_avg, build_fed_eval, build_fed_sgd, functional_model_from_keras
+
+RATE = 0.1
+SPARSE = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+layers = tf.keras.layers
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    """A client of twelve examples, whose columns serve all the models."""
+    rng = np.random.default_rng(0)
+    return {
+        "x": rng.normal(size=[12, 4]).astype(np.float32),
+        "ids": rng.integers(10, size=[12, 3]).astype(np.int32),
+        "label": rng.integers(3, size=12).astype(np.int32),
+        "value": rng.normal(size=12).astype(np.float32),
+        "weight": rng.uniform(0.5, 2, size=12).astype(np.float32),
+    }
+
+
+@pytest.fixture(scope="module")
+def dataset_of(arrays):
+    """Returns the client dataset whose batches are the columns of these names."""
+
+    @functools.cache
+    def build(x, y, sample_weight=None):
+        def preprocess(example):
+            features = example[x] if isinstance(x, str) else {name: example[name] for name in x}
+            return (features, example[y]) if sample_weight is None else (features, example[y], example[sample_weight])
+
+        return ClientDataset.from_arrays([arrays], preprocess)
+
+    return build
+
+
+def columns(arrays, names):
+    return arrays[names] if isinstance(names, str) else {name: arrays[name] for name in names}
+
+
+def sequential(*inner, units=3):
+    return tf.keras.Sequential([layers.InputLayer([4]), *inner, layers.Dense(units)])
+
+
+def normalized():
+    layer = layers.Normalization()
+    layer.adapt(np.random.default_rng(1).normal(3.0, 2.0, [50, 4]).astype(np.float32))
+    return sequential(layer)
+
+
+def two_inputs():
+    x, ids = layers.Input([4], name="x"), layers.Input([3], dtype=tf.int32, name="ids")
+    embedded = layers.Flatten()(layers.Embedding(10, 2)(ids))
+    return tf.keras.Model({"x": x, "ids": ids}, layers.Dense(3)(layers.Concatenate()([x, embedded])))
+
+
+def embedding(**settings):
+    return tf.keras.Sequential(
+        [
+            layers.InputLayer([3], dtype=tf.int32),
+            layers.Embedding(10, 2, **settings),
+            layers.Flatten(),
+            layers.Dense(3),
+        ]
+    )
+
+
+def shared_layer():
+    x = layers.Input([4])
+    dense = layers.Dense(4)
+    return tf.keras.Model(x, layers.Dense(3)(dense(dense(x))))
+
+
+class Subclassed(tf.keras.Model):
+    """Has weights in a dict, a loss of its own, and no `get_config`."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = {"a": layers.Dense(5, activation="tanh"), "b": layers.Dense(3)}
+
+    def call(self, x, training=False):
+        hidden = self.parts["a"](x)
+        self.add_loss(0.3 * tf.reduce_mean(hidden**2))
+        return self.parts["b"](hidden)
+
+
+class Halving(layers.Layer):
+    """Its `call` is a `tf.function` with a loop and a condition, which read a weight."""
+
+    def build(self, shape):
+        self.scale = self.add_weight("scale", [shape[-1]], initializer="ones")
+
+    @tf.function
+    def call(self, x):
+        steps = tf.constant(0)
+        while tf.reduce_sum(tf.abs(x)) > 1.0 and steps < 3:
+            x = x * self.scale / 2.0
+            steps += 1
+        return tf.cond(tf.reduce_sum(x) > 0.0, lambda: x + self.scale, lambda: x - self.scale)
+
+
+def frozen():
+    model = sequential(layers.Dense(5, activation="relu"))
+    model.layers[0].trainable = False
+    return model
+
+
+def mixed_bfloat16():
+    return sequential(layers.Dense(5, activation="relu", dtype="mixed_bfloat16"), layers.Activation("linear"))
+
+
+CLASSIFIERS = {
+    "dense": lambda: sequential(),
+    "regularised": lambda: sequential(layers.Dense(5, kernel_regularizer="l2", activity_regularizer="l1")),
+    "strongly regularised": lambda: sequential(layers.Dense(5, kernel_regularizer=tf.keras.regularizers.L2(10))),
+    "frozen layer": frozen,
+    "adapted normalization": normalized,
+    "group normalization": lambda: sequential(layers.GroupNormalization(2)),
+    "layer normalization": lambda: sequential(layers.LayerNormalization()),
+    "frozen batch normalization": lambda: sequential(layers.BatchNormalization(trainable=False)),
+    "shared layer": shared_layer,
+    "subclass with add_loss": Subclassed,
+    "tf.function with control flow": lambda: sequential(Halving()),
+    "mixed_bfloat16": mixed_bfloat16,
+    "Keras LSTM": lambda: sequential(layers.Reshape([4, 1]), layers.LSTM(3), layers.Dense(3)),
+    "Keras GRU": lambda: sequential(layers.Reshape([2, 2]), layers.GRU(3, dropout=0.0), layers.Dense(3)),
+    "attention": lambda: sequential(layers.Reshape([2, 2]), SelfAttention(), layers.Flatten()),
+    "bias only": lambda: sequential(layers.Lambda(lambda x: 0.0 * x)),
+}
+
+
+class SelfAttention(layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.inner = layers.MultiHeadAttention(2, 2)
+
+    def call(self, x):
+        return self.inner(x, x)
+
+
+def one_step(worker, model, loss, dataset):
+    """The weights after one step of SGD on all examples of the client, in TFF's worker."""
+    functional = functional_model_from_keras(model, loss, dataset.batch_spec)
+    process = build_fed_avg(functional, dataset, epochs=1, batch_size=None, learning_rate=RATE)
+    state, metrics = process.next(process.initialize(), [0])
+    return state.global_model_weights, metrics["client_work"]["train"]["loss"]
+
+
+def keras_step(model, loss, x, y, sample_weight=None):
+    model.compile(tf.keras.optimizers.legacy.SGD(RATE), loss)
+    value = model.train_on_batch(x, y, sample_weight)
+    return [v.numpy() for v in model.trainable_variables], [v.numpy() for v in model.non_trainable_variables], value
+
+
+def assert_step_is_kerass(worker, build, loss, dataset, x, y, sample_weight=None, tolerance=1e-6):
+    tf.keras.utils.set_random_seed(1)
+    model = build()
+    weights, value = one_step(worker, model, loss, dataset)
+    trainable, non_trainable, expected = keras_step(model, loss, x, y, sample_weight)
+    assert max_difference(weights.trainable, trainable) < tolerance
+    assert max_difference([0, *weights.non_trainable], [0, *non_trainable]) == 0
+    assert value == pytest.approx(expected, rel=max(1e-5, tolerance))
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_step_is_that_of_keras(worker, arrays, dataset_of, name):
+    """... which the model that was handed over takes afterwards."""
+    tolerance = 1e-2 if name == "mixed_bfloat16" else 2e-6
+    x, y = arrays["x"], arrays["label"]
+    assert_step_is_kerass(worker, CLASSIFIERS[name], SPARSE, dataset_of("x", "label"), x, y, tolerance=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("build", "x"),
+    [(two_inputs, ("x", "ids")), (embedding, "ids"), (functools.partial(embedding, trainable=False), "ids")],
+    ids=["two inputs", "embedding", "frozen embedding"],
+)
+def test_a_step_on_nested_and_integer_inputs_is_that_of_keras(worker, arrays, dataset_of, build, x):
+    assert_step_is_kerass(worker, build, SPARSE, dataset_of(x, "label"), columns(arrays, x), arrays["label"])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "mse",
+        "MeanAbsoluteError",
+        tf.keras.losses.Huber(),
+        tf.keras.losses.mean_squared_error,
+        tf.keras.losses.MeanSquaredError(reduction="sum"),
+        lambda y_true, y_pred: tf.abs(y_true - y_pred),
+    ],
+)
+def test_losses_as_keras_takes_them(worker, arrays, dataset_of, loss):
+    """The model has an output of [batch, 1], the labels are [batch]: Keras does not broadcast them to a square."""
+    build = functools.partial(sequential, units=1)
+    assert_step_is_kerass(worker, build, loss, dataset_of("x", "value"), arrays["x"], arrays["value"])
+
+
+def test_losses_of_single_examples_are_averaged(worker, arrays, dataset_of):
+    dataset = dataset_of("x", "label")
+    losses = [tf.keras.losses.SparseCategoricalCrossentropy(True, reduction=r) for r in ("none", "sum_over_batch_size")]
+    tf.keras.utils.set_random_seed(1)
+    model = sequential()
+    results = [one_step(worker, model, loss, dataset)[0].trainable for loss in losses]
+    assert max_difference(*results) < 1e-7
+
+
+def test_sample_weights_count_as_in_keras(worker, arrays, dataset_of):
+    dataset = dataset_of("x", "label", "weight")
+    assert_step_is_kerass(worker, sequential, SPARSE, dataset, arrays["x"], arrays["label"], arrays["weight"])
+
+
+def test_the_model_that_was_handed_over_is_as_before(worker, arrays, dataset_of, tmp_path):
+    model = sequential(layers.Dense(5, activation="relu"))
+    before, weights = model.predict(arrays["x"], verbose=0), model.get_weights()
+    one_step(worker, model, SPARSE, dataset_of("x", "label"))
+    assert max_difference(weights, model.get_weights()) == 0
+    np.testing.assert_array_equal(model.predict(arrays["x"], verbose=0), before)
+    model.save(tmp_path / "model.keras")
+    np.testing.assert_array_equal(tf.keras.models.load_model(tmp_path / "model.keras").predict(arrays["x"]), before)
+    model.compile("sgd", SPARSE)
+    model.fit(arrays["x"], arrays["label"], verbose=0)
+
+
+class Sampling(layers.Layer):
+    """Adds noise by a plain TensorFlow operation, as the code of a variational autoencoder does."""
+
+    def call(self, x, training=False):
+        return x + tf.random.normal(tf.shape(x)) if training else x
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: layers.Dropout(0.5),
+        lambda: layers.GaussianNoise(1.0),
+        lambda: tf.keras.Sequential([layers.Reshape([4, 1, 1]), layers.RandomFlip(), layers.Flatten()]),
+        lambda: tf.keras.Sequential([layers.Reshape([2, 2]), layers.LSTM(4, dropout=0.5)]),
+        Sampling,
+    ],
+    ids=["dropout", "noise", "flip", "LSTM with dropout", "tf.random.normal"],
+)
+def test_random_layers_are_a_function_of_the_seed_the_round_and_the_client(worker, arrays, dataset_of, layer):
+    tf.keras.utils.set_random_seed(1)
+    functional = functional_model_from_keras(sequential(layer()), SPARSE, dataset_of("x", "label").batch_spec)
+    two_alike = ClientDataset.from_arrays([arrays, arrays], dataset_of("x", "label").preprocess_fn)
+
+    def run(seed, client, first_round=0):
+        process = build_fed_avg(functional, two_alike, epochs=1, batch_size=None, learning_rate=RATE, seed=seed)
+        state = process.initialize()._replace(client_work=np.int32(first_round))
+        return process.next(state, [client]).state.global_model_weights.trainable
+
+    same, again = run(0, 0), run(0, 0)
+    assert max_difference(same, again) == 0
+    for other in (run(1, 0), run(0, 1), run(0, 0, first_round=1)):
+        assert max_difference(same, other) > 1e-3
+
+
+def test_dropout_leaves_out_the_share_it_is_told_to(worker, arrays):
+    """The model's only weight is the factor on its input: the loss says how much of that is left, or twice as much."""
+    n = 4000
+    x = layers.Input([1])
+    dropped = layers.Dropout(0.3)(x)
+    model = tf.keras.Model(x, layers.Dense(1, use_bias=False, kernel_initializer="ones")(dropped))
+    ones = {"x": np.ones([n, 1], np.float32), "y": np.zeros([n, 1], np.float32)}
+    dataset = ClientDataset.from_arrays([ones])
+    functional = functional_model_from_keras(model, lambda y, output: output - y, dataset.batch_spec)
+    process = build_fed_sgd(functional, dataset, learning_rate=1.0)
+    _, metrics = process.next(process.initialize(), [0])
+    # The mean of 1 / 0.7 with probability 0.7, else 0, has the standard deviation sqrt(0.3 / 0.7 / n).
+    assert abs(metrics["client_work"]["train"]["loss"] - 1) < 4 * np.sqrt(0.3 / 0.7 / n)
+
+
+def absolute_in_python(x):
+    return tf.ensure_shape(tf.numpy_function(np.abs, [x], tf.float32), x.shape)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: sequential(layers.BatchNormalization()),
+            r"layer 'batch_normalization.*' \(BatchNormalization\) changes .*moving_mean.* in training.*: take "
+            "GroupNormalization or LayerNormalization",
+        ),
+        (
+            lambda: sequential(tf.keras.Sequential([layers.Dense(4), layers.BatchNormalization()])),
+            r"\(BatchNormalization\) changes",
+        ),
+        (
+            lambda: sequential(layers.Dense(4, dtype="mixed_float16"), layers.Activation("linear")),
+            "has the policy mixed_float16",
+        ),
+        (lambda: sequential(layers.Dense(4), layers.Lambda(absolute_in_python)), "calls Python"),
+        (
+            lambda: sequential(layers.Reshape([2, 2]), layers.LSTM(3, recurrent_dropout=0.5)),
+            "draws random numbers within a loop",
+        ),
+        (lambda: sequential(layers.Lambda(tf.random.shuffle)), "RandomShuffle"),
+        (lambda: tf.keras.Sequential([layers.InputLayer([4])]), "no trainable weights"),
+        (
+            lambda: tf.keras.Sequential([layers.InputLayer([5]), layers.Dense(3)]),
+            "the model fails: ValueError: .*shape",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused_in_one_line(dataset_of, build, message):
+    with pytest.raises(ValueError, match=message) as error:
+        functional_model_from_keras(build(), SPARSE, dataset_of("x", "label").batch_spec)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("dense", SPARSE), "keras_model is 'dense'; it must be a tf.keras.Model"),
+        ((lambda: None, SPARSE), "keras_model is None"),
+        ((sequential, 3), "loss is 3; it must be"),
+        ((sequential, tf.keras.losses.Huber), "loss is <class"),
+    ],
+)
+def test_arguments_of_another_type_are_told(dataset_of, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        functional_model_from_keras(*arguments, dataset_of("x", "label").batch_spec)
+
+
+def evaluate(worker, model, loss, dataset, metrics):
+    functional = functional_model_from_keras(model, loss, dataset.batch_spec, metrics)
+    process = build_fed_avg(functional, dataset, epochs=1, batch_size=5, learning_rate=RATE)
+    return build_fed_eval(functional, dataset, batch_size=5)(process.initialize().global_model_weights, [0])
+
+
+def test_metrics_of_a_regression_are_those_of_keras(worker, arrays, dataset_of):
+    model = sequential(units=1)
+    metrics = ["mae", tf.keras.metrics.RootMeanSquaredError(), tf.keras.metrics.MeanSquaredError]
+    found = evaluate(worker, model, "mse", dataset_of("x", "value"), metrics)
+    model.compile(loss="mse", metrics=["mae", "RootMeanSquaredError", "MeanSquaredError"])
+    loss, mae, rmse, mse = model.evaluate(arrays["x"], arrays["value"], verbose=0)
+    expected = {"loss": loss, "mae": mae, "root_mean_squared_error": rmse, "mean_squared_error": mse}
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("units", "loss"), [(3, SPARSE), (1, tf.keras.losses.BinaryCrossentropy(from_logits=True))])
+def test_accuracy_and_auc_are_those_of_keras(worker, arrays, dataset_of, units, loss):
+    model = sequential(units=units)
+    metrics = {"accuracy": "accuracy"}
+    if units == 1:
+        metrics["auc"] = tf.keras.metrics.AUC(from_logits=True, name="auc")
+    y = "label" if units == 3 else "binary"
+    binary = {**arrays, "binary": (arrays["label"] == 1).astype(np.int32)}
+    dataset = ClientDataset.from_arrays([binary], lambda example: (example["x"], example[y]))
+    found = evaluate(worker, model, loss, dataset, metrics)
+    model.compile(loss=loss, metrics=list(metrics.values()))
+    expected = model.evaluate(binary["x"], binary[y], verbose=0)
+    assert list(found.values()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_may_use_what_is_outside_of_it(worker, arrays, dataset_of):
+    """Such as the weights of classes, here of 200 to be more than TensorFlow would copy by itself."""
+    weights = tf.constant(np.linspace(0.5, 2, 200), tf.float32)
+
+    def loss(y_true, y_pred):
+        losses = tf.keras.losses.sparse_categorical_crossentropy(y_true, y_pred, from_logits=True)
+        return losses * tf.gather(weights, tf.cast(tf.reshape(y_true, [-1]), tf.int32))
+
+    dataset = dataset_of("x", "label")
+    assert_step_is_kerass(worker, sequential, loss, dataset, arrays["x"], arrays["label"])
+    model = sequential()
+    found = evaluate(worker, model, loss, dataset, ())
+    model.compile(loss=loss)
+    assert found["loss"] == pytest.approx(model.evaluate(arrays["x"], arrays["label"], verbose=0), rel=1e-5)
