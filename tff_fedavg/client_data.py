@@ -36,7 +36,6 @@ from tff_fedavg.traced import TracedFunction
 _FORMAT_VERSION = 1
 _CHECKSUM_CHUNK = 1 << 24
 _OFFSET_BYTES = 8
-_MODEL_COLUMNS = ({"x", "y"}, {"x", "y", "sample_weight"})
 
 # (x, y) or (x, y, sample_weight); x and y may be nested.
 Batch = tuple[Any, ...]
@@ -442,7 +441,7 @@ def _as_they_are(example: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
 def _with_model_columns(clients: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     """Yields the clients, after a look at the first one's columns."""
     for k, client in enumerate(clients):
-        if k == 0 and isinstance(client, Mapping) and client.keys() not in _MODEL_COLUMNS:
+        if k == 0 and isinstance(client, Mapping) and not {"x", "y"} <= client.keys() <= {*_PARTS_OF_A_BATCH}:
             raise ValueError(
                 "preprocess_fn is missing: without it the columns are 'x', 'y' and, if need be, 'sample_weight'; "
                 f"here they are {columns.listed(client)}"
