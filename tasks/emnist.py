@@ -22,9 +22,10 @@ import tensorflow_federated as tff
 
 from tasks import TaskSettings, tff_sqlite
 from tasks.files import sha256
-from tasks.task import CLASSIFICATION, Target, Task, cut_into_parts
+from tasks.task import CLASSIFICATION, Task, cut_into_parts
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
+from tff_fedavg.learning_curve import Target
 from tff_fedavg.partition import build_partition
 
 _TFF_FILE = "emnist_all.sqlite"

@@ -19,9 +19,10 @@ import tensorflow as tf
 
 from tasks import TaskSettings
 from tasks.files import find_file, read_file, sha256
-from tasks.task import CLASSIFICATION, Target, Task, cut_into_parts
+from tasks.task import CLASSIFICATION, Task, cut_into_parts
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
+from tff_fedavg.learning_curve import Target
 from tff_fedavg.partition import build_partition, natural
 
 _IDX_FILES = (

@@ -28,9 +28,10 @@ import tensorflow_federated as tff
 
 from tasks import TaskSettings, plays, tff_sqlite
 from tasks.files import find_file, read_text, sha256
-from tasks.task import Target, Task, next_symbol
+from tasks.task import Task, next_symbol
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
+from tff_fedavg.learning_curve import Target
 from tff_fedavg.partition import iid
 
 END_OF_LINE = 256

@@ -35,9 +35,10 @@ import tqdm
 
 from tasks import TaskSettings, plays, tff_sqlite
 from tasks.files import find_file, sha256
-from tasks.task import Target, Task, cut_into_parts, next_symbol
+from tasks.task import Task, cut_into_parts, next_symbol
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
+from tff_fedavg.learning_curve import Target
 
 PADDING = 0
 OUT_OF_VOCABULARY = 1

@@ -1,8 +1,6 @@
 """What a task is: all that an algorithm of `tff_fedavg` needs to train and evaluate a model on data of clients."""
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +10,7 @@ import tensorflow_federated as tff
 
 from tff_fedavg.client_data import ClientDataset
 from tff_fedavg.functional_model import Loss, Metric, functional_model_from_keras
+from tff_fedavg.learning_curve import Target
 from tff_fedavg.masked import MaskedAccuracy, MaskedCrossentropy
 
 _EXAMPLES_PER_TEST_PART = 1000
@@ -54,25 +53,6 @@ def cut_into_parts(examples: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.
     num_examples = len(next(iter(examples.values())))
     for start in range(0, num_examples, _EXAMPLES_PER_TEST_PART):
         yield {name: array[start : start + _EXAMPLES_PER_TEST_PART] for name, array in examples.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A value of a metric on the test set; what counts is the rounds until it is reached.
-
-    Attributes:
-      value: The value.
-      metric: Name of the metric.
-      lower_is_better: Whether the metric is to fall to the value, as an error, or to rise to it.
-    """
-
-    value: float
-    metric: str = "accuracy"
-    lower_is_better: bool = False
-
-    def __post_init__(self):
-        if not isinstance(self.value, numbers.Real) or not math.isfinite(self.value):
-            raise ValueError(f"the target is {self.value!r}; it must be a number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,11 +112,6 @@ class Task:
         for field, (is_right, what) in takes.items():
             if not is_right:
                 raise TypeError(f"{field} of the task is {getattr(self, field)!r}; it must be {what}")
-
-    @property
-    def target_accuracy(self) -> float | None:
-        """The target, if it is an accuracy."""
-        return self.target.value if self.target is not None and self.target.metric == "accuracy" else None
 
     def build_model(self, seed: int) -> tff.learning.models.FunctionalModel:
         """Builds the model with initial weights w_0 drawn from `seed` (sets the global seeds of Keras on the way)."""

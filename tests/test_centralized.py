@@ -108,6 +108,7 @@ def test_resumed_run_gives_bit_equal_weights_and_evaluates_the_rounds_asked_for(
             directory,
             training_selection_fn=lambda t: min(4 - (t - 1) % 4, total_rounds + 1 - t),
             evaluate=lambda weights: {"accuracy": float(np.abs(weights.trainable[0]).mean())},
+            target=learning_curve.Target(None),
             total_rounds=total_rounds,
             rounds_per_evaluation=4,
         )

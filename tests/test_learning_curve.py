@@ -4,44 +4,61 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tff_fedavg import learning_curve
+from tff_fedavg.learning_curve import Target
 
 accuracies = st.lists(st.floats(0, 1), min_size=1, max_size=50)
 
 
 def test_crossing_is_interpolated_between_evaluations():
     # From (600, 0.985) to (700, 0.995): 0.99 lies in the middle.
-    assert learning_curve.rounds_to_target([500, 600, 700], [0.9, 0.985, 0.995], 0.99) == pytest.approx(650)
+    assert Target(0.99).rounds([500, 600, 700], [0.9, 0.985, 0.995]) == pytest.approx(650)
 
 
 def test_crossing_is_interpolated_on_the_monotone_curve():
     # The best before round 30 is 0.8, not 0.5: (20, 0.8) to (30, 0.9) reaches 0.85 in round 25.
-    assert learning_curve.rounds_to_target([10, 20, 30], [0.8, 0.5, 0.9], 0.85) == pytest.approx(25)
+    assert Target(0.85).rounds([10, 20, 30], [0.8, 0.5, 0.9]) == pytest.approx(25)
 
 
 def test_target_reached_by_the_first_evaluation_is_not_extrapolated():
-    assert learning_curve.rounds_to_target([5, 10], [0.9, 0.95], 0.5) == 5
+    assert Target(0.5).rounds([5, 10], [0.9, 0.95]) == 5
 
 
 def test_target_that_is_not_reached_gives_none():
-    assert learning_curve.rounds_to_target([1, 2], [0.1, 0.2], 0.3) is None
-    assert learning_curve.rounds_to_target([], [], 0.3) is None
+    assert Target(0.3).rounds([1, 2], [0.1, 0.2]) is None
+    assert Target(0.3).rounds([], []) is None
 
 
 @given(accuracies)
 def test_monotone_curve_is_the_best_of_all_prior_rounds(values):
-    curve = learning_curve.monotone(values)
+    curve = Target(None).monotone(values)
     assert curve.tolist() == [max(values[: i + 1]) for i in range(len(values))]
 
 
 @given(accuracies, st.floats(0, 1))
 def test_crossing_lies_between_the_last_evaluation_below_and_the_first_above(values, target):
     rounds = list(range(0, 10 * len(values), 10))
-    crossing = learning_curve.rounds_to_target(rounds, values, target)
+    crossing = Target(target).rounds(rounds, values)
     above = [r for r, a in zip(rounds, values) if a >= target]
     if not above:
         assert crossing is None
     else:
         assert max(above[0] - 10, 0) <= crossing <= above[0]
+
+
+@given(accuracies, st.floats(0, 1))
+def test_an_error_that_falls_to_a_target_is_an_accuracy_that_rises_to_it(errors, target):
+    rounds = list(range(0, 10 * len(errors), 10))
+    falling = Target(target, "error", lower_is_better=True)
+    rising = Target(-target)
+    opposite = [-error for error in errors]
+    assert falling.rounds(rounds, errors) == rising.rounds(rounds, opposite)
+    assert falling.monotone(errors).tolist() == [-value for value in rising.monotone(opposite)]
+    assert falling.best(errors) == min(errors)
+    assert falling.is_reached(min(errors)) == (min(errors) <= target)
+
+
+def test_without_a_value_no_round_reaches_it():
+    assert Target(None).rounds([0, 1], [0.5, 1.0]) is None
 
 
 def test_metrics_are_read_back_as_they_were_written_with_gaps(tmp_path):
@@ -55,6 +72,6 @@ def test_metrics_are_read_back_as_they_were_written_with_gaps(tmp_path):
 
 def test_plot_draws_a_picture_and_leaves_no_temporary_file(tmp_path):
     path = tmp_path / "curve.png"
-    learning_curve.plot(path, [0, 1, 2], [0.1, 0.8, 0.7], target=0.75, title="test")
+    learning_curve.plot(path, [0, 1, 2], [0.1, 0.8, 0.7], target=Target(0.75), title="test")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert np.array_equal([p.name for p in tmp_path.iterdir()], ["curve.png"])

@@ -8,6 +8,7 @@ import tensorflow as tf
 from conftest import NO_SEED
 
 from tasks import build_task
+from tff_fedavg.learning_curve import Target
 
 _NAMES = (
     "train-images-idx3-ubyte",
@@ -176,7 +177,7 @@ def test_full_mnist_is_the_public_one_in_100_clients_of_600(tmp_path, full_data_
     assert np.bincount(all_examples(task.train)[1]).tolist() == [
         5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949,
     ]  # fmt: skip
-    assert task.target_accuracy == 0.97
+    assert task.target == Target(0.97)
 
 
 def test_pathological_mnist_gives_most_clients_two_labels_at_most(tmp_path, full_data_dir):

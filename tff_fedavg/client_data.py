@@ -257,6 +257,7 @@ class ClientDataset:
             elif spec.dtype != tf.uint8:
                 content = tf.bitcast(tf.reshape(content, [-1, *spec.shape, spec.dtype.size]), spec.dtype)
             features[name] = tf.reshape(content, [-1, *spec.shape])
+        seed = tf.cast(seed, tf.int64)
         return self._preprocess(features, seed, seed=seed)
 
     def gather(self, indices: np.ndarray) -> np.ndarray:

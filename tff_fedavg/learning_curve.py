@@ -5,42 +5,76 @@ the point where it crosses the target, by linear interpolation between the evalu
 """
 
 import csv
+import dataclasses
+import math
+import numbers
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from tff_fedavg.replacement import replacement
 
 ROUND_FIELD = "round_num"
-ACCURACY_FIELD = "evaluation/accuracy"
 
 # Height of a picture, in multiples of the error rate at the target.
 _SHOWN_ERRORS = 4
 
 
-def monotone(accuracies: Sequence[float]) -> np.ndarray:
-    """Returns, for each evaluation, the best accuracy up to it."""
-    return np.maximum.accumulate(np.asarray(accuracies, float))
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is aimed at: a value of a metric on the test set, whose rounds are counted.
 
-
-def rounds_to_target(rounds: Sequence[int], accuracies: Sequence[float], target: float) -> float | None:
-    """Returns the round, with a fraction, in which the monotone curve reaches the target; None if it does not.
-
-    Args:
-      rounds: Rounds of the evaluations, ascending.
-      accuracies: Test accuracies in those rounds.
-      target: The target accuracy.
+    Attributes:
+      value: The value at which a run stops; None for none.
+      metric: Name of the metric.
+      lower_is_better: Whether the metric is to fall, as an error, or to rise.
     """
-    best = monotone(accuracies)
-    reached = np.flatnonzero(best >= target)
-    if not reached.size:
-        return None
-    i = reached[0]
-    if i == 0:
-        return float(rounds[0])
-    return float(np.interp(target, best[i - 1 : i + 1], rounds[i - 1 : i + 1]))
+
+    value: float | None
+    metric: str = "accuracy"
+    lower_is_better: bool = False
+
+    def __post_init__(self):
+        is_number = isinstance(self.value, numbers.Real) and not isinstance(self.value, bool)
+        if self.value is not None and not (is_number and math.isfinite(self.value)):
+            raise ValueError(f"the target is {self.value!r}; it must be a number")
+
+    @property
+    def field(self) -> str:
+        """Name of the metric in metrics.csv."""
+        return f"evaluation/{self.metric}"
+
+    def monotone(self, values: Sequence[float]) -> np.ndarray:
+        """Returns, for each evaluation, the best value up to it."""
+        best = np.minimum if self.lower_is_better else np.maximum
+        return best.accumulate(np.asarray(values, float))
+
+    def best(self, values: Iterable[float]) -> float | None:
+        """Returns the best of some values; None if there are none."""
+        return (min if self.lower_is_better else max)(values, default=None)
+
+    def is_reached(self, value: float | None) -> bool:
+        """Whether a value is as good as the target; None is not."""
+        if None in (value, self.value):
+            return False
+        return bool(value <= self.value if self.lower_is_better else value >= self.value)
+
+    def rounds(self, rounds: Sequence[int], values: Sequence[float]) -> float | None:
+        """Returns the round, with a fraction, in which the monotone curve reaches the value; None if it does not.
+
+        Args:
+          rounds: Rounds of the evaluations, ascending.
+          values: The metric in those rounds.
+        """
+        best = self.monotone(values)
+        i = next((i for i, value in enumerate(best) if self.is_reached(value)), None)
+        if not i:
+            return None if i is None else float(rounds[0])
+        # `np.interp` wants ascending values.
+        sign = -1 if self.lower_is_better else 1
+        return float(np.interp(sign * self.value, sign * best[i - 1 : i + 1], rounds[i - 1 : i + 1]))
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
@@ -52,42 +86,45 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def evaluations(metrics: Sequence[dict[str, float]]) -> tuple[list[int], list[float]]:
-    """Returns the rounds that were evaluated, and the accuracies in them."""
-    rows = [row for row in metrics if ACCURACY_FIELD in row]
-    return [int(row[ROUND_FIELD]) for row in rows], [row[ACCURACY_FIELD] for row in rows]
+def evaluations(metrics: Sequence[dict[str, float]], metric: str = "accuracy") -> tuple[list[int], list[float]]:
+    """Returns the rounds that were evaluated, and a metric of the test set in them."""
+    field = Target(None, metric).field
+    rows = [row for row in metrics if field in row]
+    return [int(row[ROUND_FIELD]) for row in rows], [row[field] for row in rows]
 
 
 def plot(
-    path: str | os.PathLike[str], rounds: Sequence[int], accuracies: Sequence[float], *, target: float, title: str
-):
-    """Draws test accuracy over rounds, as measured and monotone, with the target as a gray line (as in Figure 2).
+    path: str | os.PathLike[str], rounds: Sequence[int], values: Sequence[float], *, target: Target, title: str
+) -> None:
+    """Draws a metric of the test set over rounds, as measured and monotone; the target is a gray line (as in Figure 2).
 
     Args:
       path: The PNG file; replaced in one step.
-      rounds: As for `rounds_to_target`.
-      accuracies: As for `rounds_to_target`.
-      target: As for `rounds_to_target`.
+      rounds: As for `Target.rounds`.
+      values: As for `Target.rounds`.
+      target: The target, which names the metric.
       title: Title of the picture.
     """
     import matplotlib.figure  # Takes a second to import, and only the end of a run needs it.
 
     figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(rounds, accuracies, ".", color="tab:blue", alpha=0.4, label="measured")
-    axes.plot(rounds, monotone(accuracies), color="tab:blue", label="best so far")
-    axes.axhline(target, color="gray", linewidth=1, label=f"target {target:g}")
-    crossing = rounds_to_target(rounds, accuracies, target)
-    if crossing is not None:
-        axes.plot([crossing], [target], "o", color="tab:red", label=f"reached in round {crossing:.1f}")
-    # The first rounds would take up the whole height, when it is the last per cents that count.
-    bottom = 1 - _SHOWN_ERRORS * (1 - target)
-    if max(accuracies, default=0) > bottom > min(accuracies, default=0):
-        top = max(*accuracies, target)
-        axes.set_ylim(bottom, top + 0.05 * (top - bottom))
+    axes.plot(rounds, values, ".", color="tab:blue", alpha=0.4, label="measured")
+    axes.plot(rounds, target.monotone(values), color="tab:blue", label="best so far")
+    if target.value is not None:
+        axes.axhline(target.value, color="gray", linewidth=1, label=f"target {target.value:g}")
+        crossing = target.rounds(rounds, values)
+        if crossing is not None:
+            axes.plot([crossing], [target.value], "o", color="tab:red", label=f"reached in round {crossing:.1f}")
+    if target.metric == "accuracy" and target.value is not None:
+        # The first rounds would take up the whole height, when it is the last per cents that count.
+        bottom = 1 - _SHOWN_ERRORS * (1 - target.value)
+        if max(values, default=0) > bottom > min(values, default=0):
+            top = max(*values, target.value)
+            axes.set_ylim(bottom, top + 0.05 * (top - bottom))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="communication rounds", ylabel="test accuracy", title=title)
+    axes.set(xlabel="communication rounds", ylabel=f"test {target.metric}", title=title)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right" if target.lower_is_better else "lower right")
     with replacement(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)

@@ -92,6 +92,7 @@ class TracedFunction:
             elif not any(n.op == _READ_GENERATOR and n.input[0] == key for n in graph_def.node):
                 raise ValueError(f"{name} uses {external.numpy()!r}, which exists in this program only")
         self._graph_def = self._rewrite(graph_def, variable_of)
+        self._in_eager_mode = tf.function(self.__call__, autograph=False, reduce_retracing=True)
 
     @property
     def output_spec(self) -> Any:
@@ -110,7 +111,7 @@ class TracedFunction:
           What the function returns.
         """
         if tf.executing_eagerly():
-            return tf.function(self.__call__)(*args, variables=variables, seed=seed)
+            return self._in_eager_mode(*args, variables=variables, seed=seed)
         tensors = dict(zip(self._inputs, tf.nest.flatten(args, expand_composites=True), strict=True))
         if self._num_seeds:
             seed = tf.zeros([2], tf.int64) if seed is None else tf.cast(seed, tf.int64)

@@ -18,13 +18,16 @@ import tensorflow_federated as tff
 
 from tff_fedavg import learning_curve
 from tff_fedavg.centralized import CentralizedSGD
+from tff_fedavg.learning_curve import Target
 from tff_fedavg.run_directory import RunDirectory
 
 _SECONDS_BETWEEN_SAVES = 30.0
+# Other clients may do better in the next round, from the same weights.
+_MOST_LOST_ROUNDS = 3
 
 
 class DivergedError(RuntimeError):
-    """The training loss or the averaged update of a round was not finite."""
+    """No client has had a finite update for some rounds, or SGD's loss is not finite."""
 
 
 class NotSavedError(OSError):
@@ -38,12 +41,14 @@ class Progress:
     Attributes:
       round_number: The round, from 1; 0 is the initial model.
       metrics: The metrics of the round, flat, by the names in metrics.csv.
-      best_accuracy: Best test accuracy of all evaluations so far; None before the first.
+      target: The target of the run.
+      best: Best value of its metric in all evaluations so far; None before the first.
     """
 
     round_number: int
     metrics: dict[str, Any]
-    best_accuracy: float | None
+    target: Target
+    best: float | None
 
 
 def train(
@@ -52,9 +57,10 @@ def train(
     *,
     training_selection_fn: Callable[[int], Any],
     evaluate: Callable[[tff.learning.models.ModelWeights], Mapping[str, float]],
+    target: Target,
     total_rounds: int,
     rounds_per_evaluation: int = 1,
-    target_accuracy: float | None = None,
+    round_metrics: Callable[[int], Mapping[str, float]] = lambda round_number: {},
     on_start: Callable[[int], None] = lambda round_number: None,
     on_round: Callable[[Progress], None] = lambda progress: None,
     on_damaged: Callable[[pathlib.Path, Exception], None] = lambda path, error: None,
@@ -69,10 +75,11 @@ def train(
       directory: Gets the states, and the metrics of each round as CSV and for TensorBoard.
       training_selection_fn: Maps the round, from 1, to what `process.next` takes: the ids of its clients, or how many
         rounds are run in one call. These must end with every round that is evaluated.
-      evaluate: Maps model weights to metrics; must contain "accuracy".
+      evaluate: Maps model weights to metrics on the test set, that of the target among them.
+      target: Where to stop, and the metric of which the best value is kept.
       total_rounds: Last round.
       rounds_per_evaluation: Evaluates round 0, its multiples, and the last round.
-      target_accuracy: Where to stop; None for nowhere.
+      round_metrics: Returns what else is to be released of a round.
       on_start: Called once with the round that training goes on after, 0 for a new run.
       on_round: Called after each round.
       on_damaged: Called for each state that cannot be read and is left aside for the one before it.
@@ -81,7 +88,8 @@ def train(
       The final state.
 
     Raises:
-      DivergedError: If a loss or an update is not finite. The state before that round is saved.
+      DivergedError: If no client had a finite update in three rounds on end, or SGD's loss or weights are not finite.
+        The state before the last round is saved.
       NotSavedError: If the disk is full, or a file cannot be written for another reason.
     """
     state_manager = tff.program.FileProgramStateManager(directory.states, keep_total=3, keep_first=False)
@@ -90,22 +98,23 @@ def train(
         tff.program.CSVFileReleaseManager(directory.metrics_csv, key_fieldname=learning_curve.ROUND_FIELD),
         tff.program.TensorBoardReleaseManager(directory.tensorboard),
     ]
-    rounds, accuracies = learning_curve.evaluations(learning_curve.read_metrics(directory.metrics_csv))
-    best_accuracy = max((a for r, a in zip(rounds, accuracies) if r <= saved_round), default=None)
+    rounds, values = learning_curve.evaluations(learning_curve.read_metrics(directory.metrics_csv), target.metric)
+    best = target.best(v for r, v in zip(rounds, values) if r <= saved_round)
+    lost_rounds = 0
     saved_at = time.monotonic()
 
     def finish_round(round_number, metrics, state):
-        nonlocal best_accuracy
+        nonlocal best
         if round_number % rounds_per_evaluation == 0 or round_number == total_rounds:
             evaluation = evaluate(state.global_model_weights)
             metrics.update((f"evaluation/{name}", float(value)) for name, value in evaluation.items())
-            best_accuracy = max(best_accuracy or 0.0, metrics[learning_curve.ACCURACY_FIELD])
+            best = target.best([*([] if best is None else [best]), metrics[target.field]])
         try:
             for manager in release_managers:
                 _run(manager.release(metrics, key=round_number))
         except Exception as e:
             raise NotSavedError(f"the metrics of round {round_number} could not be written: {e}") from e
-        on_round(Progress(round_number, metrics, best_accuracy))
+        on_round(Progress(round_number, metrics, target, best))
 
     def save(round_number, state):
         nonlocal saved_round, saved_at
@@ -122,16 +131,16 @@ def train(
     try:
         if saved_round < 0:
             finish_round(0, collections.OrderedDict(), state)
-        while round_number < total_rounds and not _reached(best_accuracy, target_accuracy):
+        while round_number < total_rounds and not target.is_reached(best):
             start = time.monotonic()
             output = process.next(state, training_selection_fn(round_number + 1))
             metrics = _flatten(output.metrics)
             next_round_number = int(output.state.client_work)
-            if not np.isfinite(metrics["client_work/train/loss"]) or metrics["finalizer/update_non_finite"]:
-                raise DivergedError(
-                    f"round {next_round_number} diverged: its training loss is {metrics['client_work/train/loss']:g}"
-                )
+            lost_rounds = lost_rounds + 1 if _is_lost(metrics) else 0
+            if lost_rounds == (_MOST_LOST_ROUNDS if "clients_left_out" in metrics else 1):
+                raise DivergedError(_diverged(next_round_number, lost_rounds, metrics))
             metrics["training_time_in_seconds"] = time.monotonic() - start
+            metrics.update(round_metrics(next_round_number))
             finish_round(next_round_number, metrics, output.state)
             round_number, state = next_round_number, output.state
             if time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES:
@@ -154,8 +163,19 @@ def _load_latest_state(process, state_manager, directory, on_damaged):
     return state, -1
 
 
-def _reached(best_accuracy, target_accuracy):
-    return None not in (best_accuracy, target_accuracy) and best_accuracy >= target_accuracy
+def _is_lost(metrics):
+    """Whether a round had nothing finite to go on with."""
+    if not np.isfinite(metrics["client_work/train/loss"]):
+        return True
+    # Without an average, for want of any examples, the weights stay as well.
+    of_something = metrics["client_work/train/num_examples"] or metrics.get("clients_left_out")
+    return bool(metrics["finalizer/update_non_finite"] and of_something)
+
+
+def _diverged(round_number, lost_rounds, metrics):
+    if lost_rounds > 1:
+        return f"rounds {round_number - lost_rounds + 1} to {round_number} diverged: no client had a finite update"
+    return f"round {round_number} diverged: its training loss is {metrics['client_work/train/loss']:g}"
 
 
 def _flatten(metrics):

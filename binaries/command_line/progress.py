@@ -8,21 +8,20 @@ import tqdm
 
 from binaries.command_line.program import first_line
 from binaries.experiment.observer import Observer
-from tff_fedavg.learning_curve import ACCURACY_FIELD
 from tff_fedavg.training import Progress
 
 _SECONDS_BETWEEN_LINES = 5.0
 
 
 class ProgressPrinter(Observer):
-    """Shows round, accuracy, seconds per round and the time that is left. A context manager."""
+    """Shows round, accuracy (or what the target is about), seconds per round and the time left. A context manager."""
 
     def __init__(self, run_dir: str, total_rounds: int):
         self._run_dir = run_dir
         self._total_rounds = total_rounds
         self._first_round = 0
         self._started_at = self._printed_at = 0.0
-        self._accuracy = None
+        self._value = None
         self._bar = None
 
     def __enter__(self):
@@ -54,19 +53,21 @@ class ProgressPrinter(Observer):
 
     def update(self, progress: Progress) -> None:
         """Shows a round."""
-        self._accuracy = progress.metrics.get(ACCURACY_FIELD, self._accuracy)
-        accuracy = (
-            "" if self._accuracy is None else f"accuracy {self._accuracy:.4f} (best {progress.best_accuracy:.4f})"
-        )
+        self._value = progress.metrics.get(progress.target.field, self._value)
+        shown = ""
+        if self._value is not None:
+            shown = f"{progress.target.metric} {self._value:.4f} (best {progress.best:.4f})"
+        if left_out := progress.metrics.get("clients_left_out"):
+            shown += f", {left_out} clients left out (no finite update)"
         if self._bar is not None:
-            self._bar.set_postfix_str(accuracy, refresh=False)
+            self._bar.set_postfix_str(shown, refresh=False)
             self._bar.update(progress.round_number - self._bar.n)
             return
         now = time.monotonic()
         if now - self._printed_at < _SECONDS_BETWEEN_LINES and progress.round_number < self._total_rounds:
             return
         self._printed_at = now
-        line = f"round {progress.round_number}/{self._total_rounds}  {accuracy}"
+        line = f"round {progress.round_number}/{self._total_rounds}  {shown}"
         if done := progress.round_number - self._first_round:
             seconds = (now - self._started_at) / done
             left = seconds * (self._total_rounds - progress.round_number)

@@ -69,9 +69,9 @@ class _Observer(Observer):
         self._say(f"going on after round {round_number}" if round_number else "evaluating the initial model")
 
     def update(self, progress) -> None:
-        best = progress.best_accuracy or 0.0
+        best = progress.best or 0.0
         self._say(f"round {progress.round_number}/{self._run.grid.rounds}, best accuracy {best:.4f}")
-        if self._run.grid.extends and learning_curve.ACCURACY_FIELD in progress.metrics:
+        if self._run.grid.extends and progress.target.field in progress.metrics:
             if best < self._run.grid.target and progress.round_number >= SLOWER * self._fewest_rounds():
                 raise _GivenUpError
 
@@ -89,7 +89,7 @@ def _outcome(run: Run, directory: pathlib.Path, ended: str | None) -> dict:
     rounds, accuracies = learning_curve.evaluations(metrics)
     reached = None
     if run.grid.target is not None:
-        reached = learning_curve.rounds_to_target(rounds, accuracies, run.grid.target)
+        reached = learning_curve.Target(run.grid.target).rounds(rounds, accuracies)
     return {
         "ended": ended or ("cap" if reached is None else "target"),
         "rounds": int(metrics[-1][learning_curve.ROUND_FIELD]),

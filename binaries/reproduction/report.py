@@ -107,7 +107,7 @@ class _Measured:
         self._best = ()
         for run in self.runs:
             rounds, accuracies = _evaluations(run, results_dir)
-            reached = learning_curve.rounds_to_target(rounds, accuracies, row.target)
+            reached = learning_curve.Target(row.target).rounds(rounds, accuracies)
             rank = (1, -max(accuracies)) if reached is None else (0, reached)
             if self.run is None or rank < self._best:
                 self.run, self.rounds, self._best = run, reached, rank
