@@ -4,6 +4,8 @@ import collections
 import os
 import pathlib
 import signal
+import subprocess
+import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -18,6 +20,7 @@ from tff_fedavg.runtime import local_worker
 # A shell has its background jobs ignore Ctrl-C, and so would the programs that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+ROOT = pathlib.Path(__file__).parent.parent
 NO_SEED = tf.zeros([2], tf.int64)
 NUM_FEATURES = 4
 NUM_CLASSES = 3
@@ -28,6 +31,15 @@ def worker():
     """A running TFF worker."""
     with local_worker():
         yield
+
+
+@pytest.fixture(scope="session")
+def short_run(tmp_path_factory):
+    """The directory of a run of three rounds of mnist_2nn; beside it, the client files are in cache/."""
+    directory = tmp_path_factory.mktemp("short_run")
+    flags = ["--data=embedded", "--rounds=3", f"--run_dir={directory}/run", f"--cache_dir={directory}/cache"]
+    subprocess.run([sys.executable, "-m", "binaries.train", *flags], cwd=ROOT, check=True, timeout=120)
+    return directory / "run"
 
 
 @pytest.fixture(scope="session")

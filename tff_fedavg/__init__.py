@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from tff_fedavg.centralized import CentralizedSGD as CentralizedSGD
     from tff_fedavg.client_data import ClientDataset as ClientDataset
     from tff_fedavg.evaluation import build_fed_eval as build_fed_eval
+    from tff_fedavg.export import keras_model as keras_model
     from tff_fedavg.fed_avg import build_fed_avg as build_fed_avg
     from tff_fedavg.fed_avg import build_fed_sgd as build_fed_sgd
     from tff_fedavg.functional_model import functional_model_from_keras as functional_model_from_keras
@@ -21,6 +22,7 @@ _MODULES = {
     "build_fed_sgd": "fed_avg",
     "build_sampling_fn": "sampling",
     "functional_model_from_keras": "functional_model",
+    "keras_model": "export",
     "local_worker": "runtime",
 }
 

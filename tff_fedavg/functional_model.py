@@ -55,7 +55,7 @@ class KerasFunctionalModel(tff.learning.models.FunctionalModel):
 
     def __init__(self, keras_model: tf.keras.Model, loss: Loss, input_spec: tuple[Any, ...], metrics: Any):
         x_spec, y_spec, *_ = input_spec
-        _build(keras_model, x_spec)
+        build_weights(keras_model, x_spec)
         _check_policy(keras_model)
         trainable, non_trainable = keras_model.trainable_variables, keras_model.non_trainable_variables
         if not trainable:
@@ -131,7 +131,7 @@ class KerasFunctionalModel(tff.learning.models.FunctionalModel):
         return self._loss_and_gradient(batch, scale, variables=[*trainable, *non_trainable], seed=seed)
 
 
-def _build(keras_model: tf.keras.Model, x_spec: Any) -> None:
+def build_weights(keras_model: tf.keras.Model, x_spec: Any) -> None:
     """Gives a model its weights, if it has been waiting for its first input."""
     if not keras_model.built:
         keras_model(tf.nest.map_structure(lambda spec: tf.zeros([d or 1 for d in spec.shape], spec.dtype), x_spec))

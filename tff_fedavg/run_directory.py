@@ -49,7 +49,7 @@ class RunDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             raise ValueError(f"run_dir={self.path} is in use by another run") from e
-        self._config = read_config(self.path)
+        read_config(self.path)  # Refuses a damaged one.
 
     def start(self, settings: Mapping[str, Any], checksums: Mapping[str, str]) -> None:
         """Writes config.json, when the data have turned out to be good: until then the directory holds no run.
@@ -61,10 +61,7 @@ class RunDirectory:
         Raises:
           ValueError: If the directory holds a run on other data, or cannot be written.
         """
-        found = (self._config or {}).get("data_checksums", checksums)
-        for name in sorted(found.keys() | checksums.keys()):
-            if found.get(name) != checksums.get(name):
-                raise ValueError(f"run_dir={self.path} holds a run on other data: {name} differs")
+        check_data(self.path, checksums)
         versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
         config = {
             "settings": dict(settings),
@@ -94,3 +91,19 @@ def read_config(run_dir: str | os.PathLike[str]) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is damaged: give another run_dir, or remove this one") from e
     return config
+
+
+def check_data(run_dir: str | os.PathLike[str], checksums: Mapping[str, str]) -> None:
+    """Compares data with those of a run.
+
+    Args:
+      run_dir: The directory of the run.
+      checksums: SHA-256 of the data files, by file name.
+
+    Raises:
+      ValueError: If the directory holds a run on other data, or config.json is damaged.
+    """
+    found = (read_config(run_dir) or {}).get("data_checksums", checksums)
+    for name in sorted(found.keys() | checksums.keys()):
+        if found.get(name) != checksums.get(name):
+            raise ValueError(f"run_dir={run_dir} holds a run on other data: {name} differs")

@@ -1,0 +1,42 @@
+"""The flags that say which saved model is meant: of which run, and of which round."""
+
+import os
+import pathlib
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from binaries.command_line import data_flags, run_dirs
+from binaries.experiment import Experiment
+from tff_fedavg import run_directory, saved_state
+
+if TYPE_CHECKING:
+    from tasks.task import Task
+
+_RUN_DIR = flags.DEFINE_string("run_dir", None, "The directory of the run, as binaries.train leaves it.")
+_ROUND = flags.DEFINE_integer("round", None, "The round; by default the newest whose state is saved.")
+
+flags.adopt_module_key_flags(data_flags)
+
+
+def chosen() -> tuple[pathlib.Path, Experiment, int]:
+    """Returns the directory, the experiment and the round that are meant, without TensorFlow.
+
+    Raises:
+      ValueError: If there is no such run, or no saved state of the round.
+    """
+    if _RUN_DIR.value is None:
+        raise ValueError("--run_dir is missing: give the directory of a run")
+    run_dir = pathlib.Path(os.path.expanduser(_RUN_DIR.value))
+    return run_dir, run_dirs.read_experiment(run_dir), saved_state.choose_round(run_dir, _ROUND.value)
+
+
+def build_task(run_dir: pathlib.Path, experiment: Experiment) -> "Task":
+    """Builds the task of a run.
+
+    Raises:
+      ValueError: If its data are bad, or not those of the run.
+    """
+    task = experiment.build_task(**data_flags.directories())
+    run_directory.check_data(run_dir, task.checksums)
+    return task

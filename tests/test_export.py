@@ -1,0 +1,235 @@
+"""Exported models, loaded by Keras in a process of its own, and the program `binaries/export.py`."""
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+from conftest import NO_SEED, ROOT
+from numpy_model import max_difference
+from tensorflow.keras import layers
+
+import tasks
+import tff_fedavg
+from tff_fedavg import learning_curve, models, saved_state
+
+SPARSE = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+# Loads a model after importing some modules, and says what it computes and what has been imported.
+IN_PLAIN_KERAS = """
+import importlib, json, sys
+import numpy as np, tensorflow as tf
+path, data, *modules = sys.argv[1:]
+for module in modules:
+    importlib.import_module(module)
+x, y = (np.load(data)[name] for name in "xy")
+predictions = tf.keras.models.load_model(path).predict(x, verbose=0)
+imported = [name for name in ("tensorflow_federated", "tff_fedavg") if name in sys.modules]
+print(json.dumps({"accuracy": float(np.mean(predictions.argmax(-1) == y)), "imported": imported}))
+"""
+
+
+def export(*flags):
+    program = [sys.executable, "-m", "binaries.export", *map(str, flags)]
+    return subprocess.run(program, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+def export_run(run_dir, output, *flags):
+    return export(f"--run_dir={run_dir}", f"--cache_dir={run_dir.parent}/cache", f"--output={output}", *flags)
+
+
+def in_plain_keras(path, data, *modules):
+    """Runs where the directories of this project are not on Python's path, unless a module of it is imported."""
+    program = [sys.executable, "-c", IN_PLAIN_KERAS, path, data, *modules]
+    result = subprocess.run(
+        program, capture_output=True, text=True, cwd=ROOT if modules else path.parent, check=True, timeout=120
+    )
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def test_set(short_run):
+    """The test set of the run, in a file."""
+    task = tasks.build_task("mnist_2nn", data="embedded", cache_dir=short_run.parent / "cache")
+    parts = [task.test.read(tf.constant(k)) for k in range(task.test.num_clients)]
+    batches = [task.test.batch(records, tf.range(len(records)), NO_SEED) for records in parts]
+    path = short_run.parent / "test_set.npz"
+    np.savez(path, x=np.concatenate([x for x, _ in batches]), y=np.concatenate([y for _, y in batches]))
+    return path
+
+
+@pytest.fixture(scope="module", params=["model.keras", "model"])
+def exported(request, short_run):
+    """The run's model, as a file and as a directory, and what the program said."""
+    output = short_run.parent / request.param
+    return output, export_run(short_run, output)
+
+
+def test_plain_keras_measures_what_the_run_measured(short_run, test_set, exported):
+    path, result = exported
+    assert (result.returncode, result.stderr) == (0, "")
+    assert path.is_dir() == (path.suffix == "")
+    _, accuracies = learning_curve.evaluations(learning_curve.read_metrics(short_run / "metrics.csv"))
+    found = in_plain_keras(path, test_set)
+    assert found["accuracy"] == pytest.approx(accuracies[-1], abs=1e-6)
+    assert found["imported"] == []
+    lines = result.stdout.splitlines()
+    assert lines[1] == f"{path}: 199,210 parameters, for float32 [None, 28, 28]"
+    assert lines[2].startswith(f"on the test set of mnist_2nn: accuracy {accuracies[-1]:.4f}, loss ")
+
+
+def test_what_is_there_is_replaced_only_when_that_is_asked_for(short_run, exported, tmp_path):
+    path, _ = exported
+    refused = export_run(short_run, path)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == f"export: --output={path} exists: take another name, or --overwrite\n"
+    before = (path if path.suffix else path / "fingerprint.pb").stat().st_mtime_ns
+    replaced = export_run(short_run, path, "--overwrite", "--round=3")
+    assert (replaced.returncode, replaced.stderr) == (0, "")
+    assert (path if path.suffix else path / "fingerprint.pb").stat().st_mtime_ns > before
+    names = {"run", "cache", "test_set.npz", "model", "model.keras"}
+    assert {found.name for found in short_run.parent.iterdir()} <= names
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--output is missing: give NAME.keras, or NAME"),
+        (["--output={}/model.h5"], "model.h5: take a name that ends in .keras, or has no suffix"),
+        (["--output={}", "--overwrite"], "exists, and is no model: take another name"),
+        (["--output={}/model"], "--run_dir is missing"),
+        (["--output={}/model", "--run_dir={}/missing"], "missing holds no run"),
+        (["--output={}/model", "--run_dir={run}", "--round=2"], "has no state of round 2: take one of [3]"),
+        (["--output={}/model", "--run_dir={run}", "--round=two"], "--round=two"),
+    ],
+)
+def test_bad_flags_get_one_line_at_once(tmp_path, short_run, flags, message):
+    started = time.monotonic()
+    result = export(*(flag.format(tmp_path, run=short_run) for flag in flags))
+    assert time.monotonic() - started < 3
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("export: ") and result.stderr.count("\n") == 1
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_state_is_told_and_nothing_is_written(short_run, tmp_path):
+    state = tmp_path / "run" / "states" / "program_state_7"
+    state.mkdir(parents=True)
+    (state / "saved_model.pb").write_bytes(b"")
+    (tmp_path / "run" / "config.json").write_bytes((short_run / "config.json").read_bytes())
+    result = export(f"--run_dir={tmp_path}/run", f"--cache_dir={short_run.parent}/cache", f"--output={tmp_path}/model")
+    assert result.returncode == 2
+    assert result.stderr == f"export: {state} is damaged: take another of the rounds [7]\n"
+    assert not (tmp_path / "model").exists()
+
+
+def test_saved_rounds_are_those_of_whole_states(tmp_path):
+    for name in ("program_state_10", "program_state_9", "program_state_11_temp1234", "damaged_program_state_8_1"):
+        (tmp_path / "states" / name).mkdir(parents=True)
+    assert saved_state.saved_rounds(tmp_path) == [9, 10]
+    assert saved_state.choose_round(tmp_path) == 10
+    with pytest.raises(ValueError, match="has no saved state"):
+        saved_state.choose_round(tmp_path / "other")
+
+
+def functional(keras_model, x_spec):
+    """The model with which FedAvg starts."""
+    return tff_fedavg.functional_model_from_keras(keras_model, SPARSE, (x_spec, tf.TensorSpec([None], tf.int32)))
+
+
+def shifted(weights):
+    """Other weights of the same shapes, in the order of FedAvg's model."""
+    return tff.learning.models.ModelWeights(*(tuple(w + 0.01 for w in part) for part in weights))
+
+
+ARCHITECTURES = {
+    "mnist_2nn": (models.mnist_2nn, tf.TensorSpec([None, 28, 28])),
+    "mnist_cnn": (models.mnist_cnn, tf.TensorSpec([None, 28, 28])),
+    "cifar_cnn": (models.cifar_cnn, tf.TensorSpec([None, 24, 24, 3])),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("is_built", [False, True])
+def test_exported_model_computes_what_the_papers_model_does_with_those_weights(name, is_built):
+    build, x_spec = ARCHITECTURES[name]
+    original = build()
+    weights = shifted(functional(original, x_spec).initial_weights)
+    before = original.get_weights()
+    exported = tff_fedavg.keras_model(original if is_built else build, weights)
+    x = np.random.default_rng(0).normal(size=[5, *x_spec.shape[1:]]).astype(np.float32)
+    assert max_difference(original.get_weights(), before) == 0
+    original.set_weights([*weights.trainable, *weights.non_trainable])
+    np.testing.assert_array_equal(exported.predict(x, verbose=0), original.predict(x, verbose=0))
+    foreign = {type(layer).__name__ for layer in exported.layers if not type(layer).__module__.startswith("keras.")}
+    assert foreign == ({"LocalResponseNormalization"} if name == "cifar_cnn" else set())
+
+
+def normalized():
+    normalization = layers.Normalization()
+    normalization.adapt(np.array([[1.0, 2, 3, 4], [2, 2, 5, 8]]))
+    return tf.keras.Sequential([layers.InputLayer([4]), normalization, layers.Dense(3)])
+
+
+def frozen():
+    model = tf.keras.Sequential([layers.InputLayer([4]), layers.Dense(5, activation="relu"), layers.Dense(3)])
+    model.layers[0].trainable = False
+    return model
+
+
+def with_batch_normalization():
+    return tf.keras.Sequential([layers.InputLayer([4]), layers.BatchNormalization(trainable=False), layers.Dense(3)])
+
+
+@tf.keras.saving.register_keras_serializable("test_export")
+class Subclassed(tf.keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(3)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+@pytest.mark.parametrize("build", [normalized, frozen, with_batch_normalization, Subclassed])
+def test_weights_go_to_any_keras_model_and_come_back(build):
+    original = build()
+    weights = functional(original, tf.TensorSpec([None, 4])).initial_weights
+    exported = tff_fedavg.keras_model(original, tff.learning.models.ModelWeights(*weights))
+    x = np.random.default_rng(0).normal(size=[5, 4]).astype(np.float32)
+    np.testing.assert_array_equal(exported.predict(x, verbose=0), original.predict(x, verbose=0))
+    again = functional(exported, tf.TensorSpec([None, 4])).initial_weights
+    for part, expected in zip(again, weights):
+        assert max_difference([0, *part], [0, *expected]) == 0
+
+
+def test_layers_that_keras_lacks_need_one_import_and_not_tff(tmp_path):
+    build = models.char_lstm
+    weights = tff.learning.models.ModelWeights(
+        *functional(build, tf.TensorSpec([None, None], tf.int32)).initial_weights
+    )
+    exported = tff_fedavg.keras_model(build, weights)
+    exported.save(tmp_path / "lstm.keras")
+    x = np.random.default_rng(0).integers(258, size=[3, 7])
+    np.savez(tmp_path / "data.npz", x=x, y=exported.predict(x, verbose=0).argmax(-1))
+    found = in_plain_keras(tmp_path / "lstm.keras", tmp_path / "data.npz", "tff_fedavg.layers", "tff_fedavg.masked")
+    assert found == {"accuracy": 1.0, "imported": ["tff_fedavg"]}
+
+
+def test_what_does_not_fit_is_told_in_one_line():
+    weights = tff.learning.models.ModelWeights(*functional(frozen, tf.TensorSpec([None, 4])).initial_weights)
+    with pytest.raises(ValueError, match=r"the trainable weights have the shapes \[\(5, 3\), \(3,\)\], but those of"):
+        tff_fedavg.keras_model(models.mnist_2nn, weights)
+    with pytest.raises(ValueError, match=r"the non_trainable weights have the shapes \[\], but"):
+        tff_fedavg.keras_model(frozen, weights._replace(non_trainable=()))
+    with pytest.raises(ValueError, match="the model has no weights yet"):
+        tff_fedavg.keras_model(Subclassed, weights)
+    with pytest.raises(TypeError, match="model is 'dense'; it must be a tf.keras.Model"):
+        tff_fedavg.keras_model("dense", weights)
+    with pytest.raises(TypeError, match="weights is a list; it must be a tff.learning.models.ModelWeights"):
+        tff_fedavg.keras_model(frozen, [])

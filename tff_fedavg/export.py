@@ -1,0 +1,61 @@
+"""Trained weights in a plain Keras model: the way back from `functional_model_from_keras`."""
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import tensorflow as tf
+
+from tff_fedavg.layers import MaxPooling
+
+if TYPE_CHECKING:
+    import tensorflow_federated as tff
+
+
+def keras_model(
+    model: tf.keras.Model | Callable[[], tf.keras.Model], weights: "tff.learning.models.ModelWeights"
+) -> tf.keras.Model:
+    """Returns a new Keras model with these weights, which can be used, trained and saved without TFF.
+
+    A `MaxPooling` among its layers becomes `tf.keras.layers.MaxPooling2D`, whose outputs are the same: so the MNIST CNN
+    is loaded by Keras alone. A saved model with another layer of `tff_fedavg.layers` is loaded after that is imported.
+
+    Args:
+      model: The architecture: a model, which stays as it is, or a function that builds one.
+      weights: Trainable and other weights, in the order of the model's `trainable_variables` and
+        `non_trainable_variables`, such as the `global_model_weights` of a state.
+
+    Raises:
+      TypeError: If an argument has another type.
+      ValueError: If the weights do not fit the model.
+    """
+    if isinstance(model, tf.keras.Model):
+        model = copy.deepcopy(model)
+    elif callable(model):
+        model = model()
+    if not isinstance(model, tf.keras.Model):
+        raise TypeError(f"model is {model!r}; it must be a tf.keras.Model or a function that returns one")
+    if not model.built:
+        raise ValueError("the model has no weights yet: give it an input shape, or call it on a batch first")
+    for part in ("trainable", "non_trainable"):
+        if not hasattr(weights, part):
+            raise TypeError(f"weights is a {type(weights).__name__}; it must be a tff.learning.models.ModelWeights")
+        _assign(part, getattr(model, f"{part}_variables"), getattr(weights, part))
+    # Of a subclass of Model, which has no inputs, the layers cannot be exchanged.
+    if model.inputs and any(isinstance(layer, MaxPooling) for layer in model.layers):
+        model = tf.keras.models.clone_model(model, clone_function=_keras_layer)
+    return model
+
+
+def _assign(part, variables, values):
+    expected, found = ([tuple(w.shape) for w in each] for each in (variables, values))
+    if expected != found:
+        raise ValueError(f"the {part} weights have the shapes {found}, but those of the model have {expected}")
+    for variable, value in zip(variables, values):
+        variable.assign(value)
+
+
+def _keras_layer(layer):
+    if isinstance(layer, MaxPooling):
+        return tf.keras.layers.MaxPooling2D(layer.pool_size, 2, padding="same", name=layer.name)
+    return layer
