@@ -1,4 +1,4 @@
-"""Computations whose last argument is the ids of clients: checked before TFF's worker sees them."""
+"""Computations whose last argument is the ids of clients, checked before TFF's worker sees them."""
 
 from typing import Any
 
@@ -8,26 +8,25 @@ from tff_fedavg.client_data import ClientDataset
 
 
 def for_clients_of(client_dataset: ClientDataset, computation: tff.Computation) -> tff.Computation:
-    """Returns the computation with a check of its client ids, which may be integers of any kind.
+    """Returns the computation `(value@SERVER, client_ids@CLIENTS)` for ids that are integers of any kind.
 
     Raises:
-      TypeError: From a call, if an id is no integer.
-      ValueError: From a call, if there is no such client, or none is given.
+      TypeError: When it is called, if an id is no integer.
+      ValueError: When it is called, if there is no such client, or none is given.
     """
     return _ForClients(client_dataset, computation)
 
 
-class _ForClients:
-    """The computation in all but a call."""
-
-    def __init__(self, client_dataset: ClientDataset, computation: tff.Computation):
+class _ForClients(tff.framework.ConcreteComputation):
+    def __init__(self, client_dataset: ClientDataset, computation: tff.framework.ConcreteComputation):
+        super().__init__(
+            computation_proto=tff.framework.ConcreteComputation.get_proto(computation),
+            context_stack=tff.framework.get_context_stack(),
+            annotated_type=computation.type_signature,
+        )
         self._client_dataset = client_dataset
-        self._computation = computation
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._computation, name)
 
     def __call__(self, server_value: Any, client_ids: Any) -> Any:
         if not isinstance(client_ids, tff.Value):  # As it is where another computation is made of this one.
             client_ids = self._client_dataset.check_client_ids(client_ids)
-        return self._computation(server_value, client_ids)
+        return super().__call__(server_value, client_ids)

@@ -60,7 +60,7 @@ def train(
     target: Target,
     total_rounds: int,
     rounds_per_evaluation: int = 1,
-    round_metrics: Callable[[int], Mapping[str, float]] = lambda round_number: {},
+    also_released: Mapping[str, float] | None = None,
     on_start: Callable[[int], None] = lambda round_number: None,
     on_round: Callable[[Progress], None] = lambda progress: None,
     on_damaged: Callable[[pathlib.Path, Exception], None] = lambda path, error: None,
@@ -79,7 +79,7 @@ def train(
       target: Where to stop, and the metric of which the best value is kept.
       total_rounds: Last round.
       rounds_per_evaluation: Evaluates round 0, its multiples, and the last round.
-      round_metrics: Returns what else is to be released of a round.
+      also_released: What is released with the metrics of each round, such as the bytes that are sent.
       on_start: Called once with the round that training goes on after, 0 for a new run.
       on_round: Called after each round.
       on_damaged: Called for each state that cannot be read and is left aside for the one before it.
@@ -140,7 +140,7 @@ def train(
             if lost_rounds == (_MOST_LOST_ROUNDS if "clients_left_out" in metrics else 1):
                 raise DivergedError(_diverged(next_round_number, lost_rounds, metrics))
             metrics["training_time_in_seconds"] = time.monotonic() - start
-            metrics.update(round_metrics(next_round_number))
+            metrics.update(also_released or {})
             finish_round(next_round_number, metrics, output.state)
             round_number, state = next_round_number, output.state
             if time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES:

@@ -8,8 +8,11 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 import tff_fedavg
+from binaries.experiment.aggregators import build_aggregator
+from binaries.experiment.optimizers import build_client_optimizer, build_server_optimizer
 from binaries.experiment.record import Experiment
 from tasks.task import Task
+from tff_fedavg.learning_curve import Target
 
 # Updates of SGD between two lines of metrics and of progress: a second or a few.
 _UPDATES_PER_CALL = 20
@@ -23,22 +26,26 @@ def build_evaluate(
     test_parts = list(range(task.test.num_clients))
     if not experiment.eval_train:
         return lambda weights: fed_eval(weights, test_parts)
-    train_model = dataclasses.replace(task, metrics={"loss": lambda: objective(task.loss)}).build_model(experiment.seed)
+    # Without metrics the loss is f, the mean over the examples of what is trained on. That of texts is per symbol.
+    train_model = dataclasses.replace(task, metrics={}).build_model(experiment.seed)
     train_eval = tff_fedavg.build_fed_eval(train_model, task.train)
     clients = sorted(range(task.train.num_clients), key=lambda k: -task.train.num_examples[k])
     return lambda weights: {**fed_eval(weights, test_parts), "train_loss": train_eval(weights, clients)["loss"]}
 
 
-def objective(loss: tf.keras.losses.Loss) -> tf.keras.metrics.Metric:
-    """Returns f(w) (Equation 1), the mean over the examples of the loss that is trained on, as a metric.
+def choose_target(experiment: Experiment, task: Task) -> Target:
+    """Returns what a run aims at: the experiment's accuracy, the task's target, or none for its accuracy or loss.
 
-    The metric "loss" of a task of texts is another one: it is per symbol, and not per line.
+    Raises:
+      ValueError: If the experiment has a target accuracy, and the task has no accuracy.
     """
-
-    def losses(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-        return loss.call(tf.cast(labels, tf.int32), logits)  # Keras hands the labels to a metric as float32.
-
-    return tf.keras.metrics.MeanMetricWrapper(losses, name="loss")
+    if experiment.target_accuracy is not None:
+        if "accuracy" not in task.metrics:
+            names = ", ".join(("loss", *task.metrics))
+            raise ValueError(f"--target_accuracy is given, but {task.name} has no accuracy: its metrics are {names}")
+        return Target(experiment.target_accuracy)
+    without = Target(None) if "accuracy" in task.metrics else Target(None, "loss", lower_is_better=True)
+    return task.target or without
 
 
 def build_process(
@@ -54,6 +61,12 @@ def build_process(
     if experiment.algorithm == "sgd":
         process = tff_fedavg.CentralizedSGD(model, task.train, batch_size=experiment.batch_size, **arguments)
         return process, lambda first_update: _num_updates(first_update, experiment)
+    sample = tff_fedavg.build_sampling_fn(task.train.num_clients, experiment.client_fraction, experiment.seed)
+    arguments |= {
+        "client_weighting": tff.learning.ClientWeighting[experiment.client_weighting.upper()],
+        "server_optimizer": build_server_optimizer(experiment),
+        "aggregator": build_aggregator(experiment, len(sample(1))),
+    }
     if experiment.algorithm == "fedsgd":
         process = tff_fedavg.build_fed_sgd(model, task.train, **arguments)
     else:
@@ -62,9 +75,10 @@ def build_process(
             task.train,
             epochs=experiment.local_epochs,
             batch_size=experiment.batch_size or None,
+            client_optimizer=build_client_optimizer(experiment),
+            proximal_strength=experiment.proximal_strength,
             **arguments,
         )
-    sample = tff_fedavg.build_sampling_fn(task.train.num_clients, experiment.client_fraction, experiment.seed)
     # The largest first: no core is left waiting for a large client that started last.
     return process, lambda t: sorted(sample(t), key=lambda k: -task.train.num_examples[k])
 

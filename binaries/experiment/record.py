@@ -20,6 +20,31 @@ if TYPE_CHECKING:
 _INT32_MAX = 2**31 - 1  # Rounds, steps and ids are int32 in TensorFlow's graphs.
 _FLOAT32_MAX = 3.4e38
 
+_OPTIMIZERS = ("sgd", "momentum", "adam", "adagrad", "yogi")
+_PLAIN = ("sgd", "momentum")  # Those for which a learning rate of SGD is a good one.
+_ROBUST = ("robust", "compressed")
+
+
+def _optimizer_parameter(side: str, name: str, takes: tuple[float, float], defaults: Mapping[str, float]) -> Any:
+    """A parameter, named as in `tff.learning.optimizers`, of the optimizers that have a default for it."""
+    optimizer = f"{side}_optimizer"
+    listed = ", ".join(f"{default:g} for {optimizer}" for optimizer, default in defaults.items())
+    return field(
+        f"{name} of --{optimizer}; by default {listed}.",
+        lambda experiment: defaults.get(getattr(experiment, optimizer)),
+        takes=takes,
+        needs=(optimizer, *defaults),
+    )
+
+
+def _default_learning_rate(experiment: "Experiment") -> float | None:
+    is_known = experiment.task in tasks.TASKS and experiment.client_optimizer in _PLAIN
+    return tasks.TASKS[experiment.task].learning_rate if is_known else None
+
+
+def _is_federated(experiment: "Experiment") -> bool:
+    return experiment.algorithm != "sgd"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
@@ -44,6 +69,14 @@ class Experiment:
         "How the examples are divided among the clients, such as iid or pathological; by default the first of the "
         "task's.",
         lambda experiment: _choose(experiment.task)[1],
+    )
+    dirichlet_alpha: float | None = field(
+        "alpha of the partition dirichlet (Hsu et al. 2019): near 0 a client has one label, at 100 the partition is "
+        "all but IID. By default 1.",
+        lambda experiment: 1.0 if experiment.partition == "dirichlet" else None,
+        takes=(0, 1e6),
+        above=True,
+        needs=("partition", "dirichlet"),
     )
     clients: int | None = field("K, the number of clients; by default the paper's.", takes=(1, _INT32_MAX))
     seed: int = field(
@@ -73,9 +106,15 @@ class Experiment:
         takes=(0, _INT32_MAX),
         needs=("algorithm", "fedavg", "sgd"),
     )
+    client_optimizer: str = field(
+        "What the clients use: SGD is the paper's. It starts anew in each round.",
+        "sgd",
+        takes=_OPTIMIZERS,
+        needs=("algorithm", "fedavg"),
+    )
     learning_rate: float = field(
-        "eta, the learning rate; by default one that the paper names for the model.",
-        lambda experiment: tasks.TASKS[experiment.task].learning_rate if experiment.task in tasks.TASKS else None,
+        "eta, the learning rate; by default one that the paper names for the model, with SGD with or without momentum.",
+        lambda experiment: _default_learning_rate(experiment),
         takes=(0, _FLOAT32_MAX),
         above=True,
     )
@@ -87,6 +126,82 @@ class Experiment:
         lambda experiment: None if experiment.learning_rate_decay is None else 1,
         takes=(1, _INT32_MAX),
         needs=("learning_rate_decay",),
+    )
+    client_momentum: float | None = _optimizer_parameter("client", "momentum", (0, 1), {"momentum": 0.9})
+    client_beta_1: float | None = _optimizer_parameter("client", "beta_1", (0, 1), {"adam": 0.9, "yogi": 0.9})
+    client_beta_2: float | None = _optimizer_parameter("client", "beta_2", (0, 1), {"adam": 0.999, "yogi": 0.999})
+    client_epsilon: float | None = _optimizer_parameter(
+        "client", "epsilon", (0, 1), {"adam": 1e-7, "adagrad": 1e-7, "yogi": 1e-3}
+    )
+    client_initial_preconditioner_value: float | None = _optimizer_parameter(
+        "client", "initial_preconditioner_value", (0, 1), {"adagrad": 0.1, "yogi": 1e-6}
+    )
+    proximal_strength: float = field(
+        "mu of FedProx (Li et al. 2020), which draws a client to the weights that it was sent. By default 0.",
+        0.0,
+        takes=(0, 1e6),
+        needs=("algorithm", "fedavg"),
+    )
+    server_optimizer: str = field(
+        "What applies the averaged update: SGD is the paper's; others are FedAvgM, FedAdam, FedAdagrad and FedYogi "
+        "(Reddi et al. 2021).",
+        "sgd",
+        takes=_OPTIMIZERS,
+        needs=("algorithm", "fedavg", "fedsgd"),
+    )
+    server_learning_rate: float | None = field(
+        "Learning rate of the server; by default 1 for SGD with or without momentum.",
+        lambda experiment: 1.0 if _is_federated(experiment) and experiment.server_optimizer in _PLAIN else None,
+        takes=(0, 1e6),
+        above=True,
+        needs=("algorithm", "fedavg", "fedsgd"),
+    )
+    # The defaults of the adaptive ones are those of Reddi et al.: beta_2 of 0.99, and tau, of 0.001, in two places.
+    server_momentum: float | None = _optimizer_parameter("server", "momentum", (0, 1), {"momentum": 0.9})
+    server_beta_1: float | None = _optimizer_parameter("server", "beta_1", (0, 1), {"adam": 0.9, "yogi": 0.9})
+    server_beta_2: float | None = _optimizer_parameter("server", "beta_2", (0, 1), {"adam": 0.99, "yogi": 0.99})
+    server_epsilon: float | None = _optimizer_parameter(
+        "server", "epsilon", (0, 1), {"adam": 1e-3, "adagrad": 1e-3, "yogi": 1e-3}
+    )
+    server_initial_preconditioner_value: float | None = _optimizer_parameter(
+        "server", "initial_preconditioner_value", (0, 1), {"adagrad": 1e-6, "yogi": 1e-6}
+    )
+    aggregator: str = field(
+        "How the updates are averaged: the paper's mean; robust, which zeroes what is too large and clips; compressed, "
+        "the same with updates of 8 bits a value; or dp, with noise for differential privacy, which no seed repeats.",
+        "mean",
+        takes=("mean", "robust", "compressed", "dp"),
+        needs=("algorithm", "fedavg", "fedsgd"),
+    )
+    client_weighting: str = field(
+        "The weight of a client in the average: its number of examples, as in the paper, or the same for all, as it is "
+        "with --aggregator=dp.",
+        lambda experiment: "uniform" if experiment.aggregator == "dp" else "num_examples",
+        takes=("num_examples", "uniform"),
+        needs=("aggregator", "mean", "robust", "compressed"),
+    )
+    zeroing: bool | None = field(
+        "Whether updates are zeroed that are much larger than others have been; by default true.",
+        lambda experiment: True if experiment.aggregator in _ROBUST else None,
+        needs=("aggregator", *_ROBUST),
+    )
+    clipping: bool | None = field(
+        "Whether updates are clipped to a norm that is larger than most; by default true.",
+        lambda experiment: True if experiment.aggregator in _ROBUST else None,
+        needs=("aggregator", *_ROBUST),
+    )
+    noise_multiplier: float | None = field(
+        "Standard deviation of the noise of --aggregator=dp, in multiples of the norm that updates are clipped to.",
+        takes=(0, 1e6),
+        above=True,
+        needs=("aggregator", "dp"),
+    )
+    delta: float | None = field(
+        "The delta at which epsilon is told, with --aggregator=dp; by default 1e-5.",
+        lambda experiment: 1e-5 if experiment.aggregator == "dp" else None,
+        takes=(0, 1),
+        above=True,
+        needs=("aggregator", "dp"),
     )
     rounds: int = field(
         "Communication rounds at most; by default 100, for sgd 10,000.",
@@ -120,7 +235,13 @@ class Experiment:
             object.__setattr__(self, name, value)
         object.__setattr__(self, "data", _choose(self.task, self.data, self.partition)[0])
         if self.learning_rate is None:
-            raise ValueError(f"--learning_rate has no default for --task={self.task}: give it")
+            of = "task" if self.client_optimizer in _PLAIN else "client_optimizer"
+            raise ValueError(f"--learning_rate has no default for --{of}={getattr(self, of)}: give it")
+        if self.server_learning_rate is None and _is_federated(self):
+            of = f"--server_optimizer={self.server_optimizer}"
+            raise ValueError(f"--server_learning_rate has no default for {of}: give it")
+        if self.aggregator == "dp" and self.noise_multiplier is None:
+            raise ValueError("--noise_multiplier has no default for --aggregator=dp: give it")
         if self.algorithm == "sgd" and self.batch_size == 0:
             raise ValueError("--batch_size=0: --algorithm=sgd takes minibatches, give their size")
 
@@ -176,6 +297,7 @@ class Experiment:
             data_dir=data_dir,
             cache_dir=cache_dir,
             partition=self.partition,
+            dirichlet_alpha=self.dirichlet_alpha,
             clients=self.clients,
             seed=self.seed,
         )

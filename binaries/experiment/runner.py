@@ -6,13 +6,20 @@ import tensorflow_federated as tff
 
 import tasks
 import tff_fedavg
+from binaries.experiment import aggregators
 from binaries.experiment.observer import Observer
-from binaries.experiment.process import build_evaluate, build_process
+from binaries.experiment.process import build_evaluate, build_process, choose_target
 from binaries.experiment.record import Experiment
 from tasks.task import Task
 from tff_fedavg import learning_curve, training
+from tff_fedavg.communication import bytes_per_client
+from tff_fedavg.learning_curve import Target
 from tff_fedavg.run_directory import RunDirectory
 from tff_fedavg.sampling import num_sampled_clients
+
+# Names in metrics.csv.
+_BYTES_UP = "bytes_up"
+_BYTES_DOWN = "bytes_down"
 
 
 def run(
@@ -47,7 +54,7 @@ def run(
         held.go_on(run_dir, experiment.to_json())  # Refuses another experiment.
     with tff_fedavg.local_worker():
         task = experiment.build_task(data_dir, cache_dir)
-        target = task.target_accuracy if experiment.target_accuracy is None else experiment.target_accuracy
+        target = choose_target(experiment, task)
         directory.start(experiment.to_json(), task.checksums)
         model = task.build_model(experiment.seed)
         evaluate = build_evaluate(experiment, task, model)
@@ -58,9 +65,10 @@ def run(
                 directory,
                 training_selection_fn=training_selection_fn,
                 evaluate=evaluate,
+                target=target,
                 total_rounds=experiment.rounds,
                 rounds_per_evaluation=experiment.eval_every,
-                target_accuracy=target,
+                also_released=_bytes_sent(experiment, task, process),
                 on_start=observer.start,
                 on_round=observer.update,
                 on_damaged=observer.report_damaged,
@@ -70,30 +78,46 @@ def run(
             raise training.DivergedError(f"{e} at learning_rate={rate:g}; {run_dir} keeps the state before it") from e
         finally:
             title = f"{task.name}, {experiment.partition}, {experiment.algorithm}"
-            curve = learning_curve.evaluations(learning_curve.read_metrics(directory.metrics_csv))
+            curve = learning_curve.evaluations(learning_curve.read_metrics(directory.metrics_csv), target.metric)
             learning_curve.plot(directory.learning_curve_png, *curve, target=target, title=title)
-    return _outcome(experiment, directory, task, model, target)
+    return _outcome(experiment, directory, task, target)
 
 
-def _outcome(
-    experiment: Experiment,
-    directory: RunDirectory,
-    task: Task,
-    model: tff.learning.models.FunctionalModel,
-    target: float,
-) -> str:
+def _clients_per_round(experiment: Experiment, task: Task) -> int:
+    return num_sampled_clients(task.train.num_clients, experiment.client_fraction)
+
+
+def _bytes_sent(
+    experiment: Experiment, task: Task, process: tff.learning.templates.LearningProcess | tff_fedavg.CentralizedSGD
+) -> dict[str, int]:
+    """Returns what all clients of a round send up and get, by the names in metrics.csv."""
+    if experiment.algorithm == "sgd":
+        return {}
+    up, down = bytes_per_client(process)
+    clients = _clients_per_round(experiment, task)
+    return {_BYTES_UP: clients * up, _BYTES_DOWN: clients * down}
+
+
+def _outcome(experiment: Experiment, directory: RunDirectory, task: Task, target: Target) -> str:
     metrics = learning_curve.read_metrics(directory.metrics_csv)
-    rounds, accuracies = learning_curve.evaluations(metrics)
-    crossing = learning_curve.rounds_to_target(rounds, accuracies, target)
+    rounds, values = learning_curve.evaluations(metrics, target.metric)
     last_round = int(metrics[-1][learning_curve.ROUND_FIELD])
-    seconds = sum(row.get("training_time_in_seconds", 0.0) for row in metrics)
-    traffic = ""
+    sums = {
+        name: sum(row.get(name, 0.0) for row in metrics)
+        for name in ("training_time_in_seconds", _BYTES_UP, _BYTES_DOWN, "clients_left_out")
+    }
+    parts = [f"{last_round} rounds", f"best {target.metric} {target.best(values):.4f}"]
+    if target.value is not None:
+        crossing = target.rounds(rounds, values)
+        parts.append(f"rounds to {target.value:g}: {'not reached' if crossing is None else f'{crossing:.1f}'}")
+    parts.append(f"{sums['training_time_in_seconds']:.1f} s of training")
     if experiment.algorithm != "sgd":
-        clients = num_sampled_clients(task.train.num_clients, experiment.client_fraction)
-        megabytes = sum(w.nbytes for w in model.initial_weights[0]) * clients * last_round / 1e6
-        traffic = f", {megabytes:.1f} MB up, {megabytes:.1f} MB down"
-    return (
-        f"{last_round} rounds, best accuracy {max(accuracies):.4f}, "
-        f"rounds to {target:g}: {'not reached' if crossing is None else f'{crossing:.1f}'}, "
-        f"{seconds:.1f} s of training{traffic}; see {directory.path}"
-    )
+        parts += [f"{sums[_BYTES_UP] / 1e6:.1f} MB up", f"{sums[_BYTES_DOWN] / 1e6:.1f} MB down"]
+    if sums["clients_left_out"]:
+        parts.append(f"{sums['clients_left_out']:.0f} times a client left out, whose update was not finite")
+    if experiment.aggregator == "dp":
+        epsilon = aggregators.epsilon(
+            experiment, task.train.num_clients, _clients_per_round(experiment, task), last_round
+        )
+        parts.append(f"epsilon {epsilon:.3g} at delta {experiment.delta:g}")
+    return f"{', '.join(parts)}; see {directory.path}"
