@@ -11,7 +11,7 @@ from absl import app, flags, logging
 _FAILED = 2
 
 
-def run(name: str, main: Callable[[], None]) -> None:
+def run(name: str, main: Callable[..., None], *, takes: str | None = None) -> None:
     """Parses the flags, calls `main`, and ends the process: with one line on stderr if something went wrong.
 
     TensorFlow is to be imported in `main` only: it reads its log level then, and bad flags are told at once.
@@ -20,17 +20,20 @@ def run(name: str, main: Callable[[], None]) -> None:
       name: Name of the program, which starts that line.
       main: Does the work. The text of a `ValueError`, `OSError`, `RuntimeError` or `KeyboardInterrupt` that it raises
         is for the user.
+      takes: What the arguments are that are no flags, if there are to be any: `main` gets a list of them.
     """
     # Not `app.run`: below it Keras 2.14 makes no symbolic inputs when TensorFlow was not imported before.
     app.define_help_flags()
     try:
         arguments = flags.FLAGS(sys.argv)[1:]
-        if arguments:
+        if arguments and not takes:
             raise ValueError(f"unknown argument {arguments[0]!r}: flags start with --")
+        if takes and not arguments:
+            raise ValueError(f"{takes} is missing")
         verbose = logging.get_verbosity() > logging.WARNING
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "3")  # The TFF worker inherits it.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        main()
+        main(arguments) if takes else main()
     except KeyboardInterrupt as e:
         _fail(name, str(e) or "interrupted", 128 + signal.SIGINT)
     except (flags.Error, ValueError, OSError, RuntimeError) as e:

@@ -1,0 +1,174 @@
+"""Compares runs: their learning curves in one picture, and in one table what they differ in and what came of it.
+
+    python -m binaries.compare runs/a runs/b --x=megabytes
+
+Prints the table, and leaves it in --output_dir as comparison.md beside comparison.png. It does not need TensorFlow.
+"""
+
+import dataclasses
+import itertools
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from absl import flags
+
+from binaries.command_line import program, run_dirs
+from binaries.experiment import Experiment
+from binaries.experiment.record import SETTINGS
+from tff_fedavg import learning_curve
+from tff_fedavg.learning_curve import Target
+from tff_fedavg.replacement import replacement
+
+_ROUNDS, _SECONDS, _MEGABYTES = "rounds", "seconds", "megabytes"
+_AXES = {
+    _ROUNDS: "communication rounds",
+    _SECONDS: "seconds of training",
+    _MEGABYTES: "megabytes that clients sent up",
+}
+_X = flags.DEFINE_enum("x", _ROUNDS, list(_AXES), "What the curves are drawn over.")
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "comparison", "Where the picture and the table go.")
+
+# Those of Okabe and Ito (2008), which colour-blind readers can tell apart, without the yellow, which is pale on white.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_LINES = ("-", "--", ":", "-.")
+_MOST_RUNS = len(_COLORS) * len(_LINES)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A run, as its files tell it.
+
+    Attributes:
+      name: What tells its directory from the others.
+      experiment: The experiment.
+      metrics: The rows of metrics.csv.
+    """
+
+    name: str
+    experiment: Experiment
+    metrics: list[dict[str, float]]
+
+    def x(self, unit: str) -> np.ndarray | None:
+        """Returns, for each row, the rounds, seconds or megabytes up to it; None if the run has not counted them."""
+        if unit == _ROUNDS:
+            return np.array([row[learning_curve.ROUND_FIELD] for row in self.metrics])
+        field, scale = {_SECONDS: ("training_time_in_seconds", 1), _MEGABYTES: ("bytes_up", 1e-6)}[unit]
+        if not any(field in row for row in self.metrics):
+            return None
+        return scale * np.cumsum([row.get(field, 0.0) for row in self.metrics])
+
+    def curve(self, unit: str, target: Target) -> tuple[np.ndarray, np.ndarray]:
+        """Returns x and the target's metric, for each evaluation."""
+        is_evaluated = [target.field in row for row in self.metrics]
+        values = np.array([row[target.field] for row in self.metrics if target.field in row])
+        return self.x(unit)[is_evaluated], values
+
+
+def main(arguments: Sequence[str]) -> None:
+    runs = _read([pathlib.Path(os.path.expanduser(argument)).absolute() for argument in arguments])
+    for run in runs:
+        if run.x(_X.value) is None:
+            raise ValueError(f"--x={_X.value}: {run.name} has not counted them; take --x=rounds")
+    target = _target(runs)
+    output_dir = pathlib.Path(os.path.expanduser(_OUTPUT_DIR.value))
+    output_dir.mkdir(parents=True, exist_ok=True)
+    table = _table(runs, target)
+    print(table)
+    _plot(output_dir / "comparison.png", runs, target, _X.value)
+    with replacement(output_dir / "comparison.md") as temporary:
+        temporary.write_text(f"![{target.metric} over {_AXES[_X.value]}](comparison.png)\n\n{table}\n")
+    print(f"see {output_dir}/comparison.png and {output_dir}/comparison.md")
+
+
+def _read(paths: Sequence[pathlib.Path]) -> list[_Run]:
+    if len(paths) > _MOST_RUNS:
+        raise ValueError(f"{len(paths)} runs are given: take {_MOST_RUNS} at most, whose lines can be told apart")
+    common = os.path.commonpath([path.parent for path in paths])
+    runs = []
+    for path in paths:
+        experiment = run_dirs.read_experiment(path)
+        metrics = learning_curve.read_metrics(path / "metrics.csv")
+        if not metrics:
+            raise ValueError(f"run_dir={path} has no metrics yet")
+        runs.append(_Run(str(path.relative_to(common)), experiment, metrics))
+    return runs
+
+
+def _target(runs: Sequence[_Run]) -> Target:
+    """Returns what the runs are compared by: the accuracy, or the loss where one has none.
+
+    The value is the target accuracy, if all were given the same; else the best value that all of them have reached.
+    """
+    accuracy, loss = Target(None), Target(None, "loss", lower_is_better=True)
+    has_accuracy = all(accuracy.field in run.metrics[0] for run in runs)
+    target = accuracy if has_accuracy else loss
+    given = {run.experiment.target_accuracy for run in runs}
+    if has_accuracy and len(given) == 1 and None not in given:
+        return Target(given.pop())
+    best = [target.best(run.curve(_ROUNDS, target)[1]) for run in runs]
+    return dataclasses.replace(target, value=(max if target.lower_is_better else min)(best))
+
+
+def _differences(runs: Sequence[_Run]) -> dict[str, list[str]]:
+    """Returns the values of the settings that are not the same in all runs, by name; without those for when to stop."""
+    settings = [run.experiment.to_json() for run in runs]
+    return {
+        name: ["" if each[name] is None else str(each[name]) for each in settings]
+        for name in settings[0]
+        if not SETTINGS[name].may_differ and any(each[name] != settings[0][name] for each in settings)
+    }
+
+
+def _table(runs: Sequence[_Run], target: Target) -> str:
+    differences = _differences(runs)
+    header = [
+        "run",
+        *differences,
+        "last round",
+        f"rounds to {target.metric} {target.value:.4g}",
+        "MB up",
+        "s of training",
+    ]
+    rows = []
+    for i, run in enumerate(runs):
+        rounds, values = run.curve(_ROUNDS, target)
+        reached = target.rounds(rounds, values)
+        sums = [run.x(unit) for unit in (_MEGABYTES, _SECONDS)]
+        rows.append(
+            [
+                run.name,
+                *(values[i] for values in differences.values()),
+                f"{run.x(_ROUNDS)[-1]:g}",
+                "not reached" if reached is None else f"{reached:.1f}",
+                *("not counted" if x is None else f"{x[-1]:.1f}" for x in sums),
+                f"{target.best(values):.4f}",
+            ]
+        )
+    lines = [[*header, f"best {target.metric}"], *rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+
+
+def _plot(path: pathlib.Path, runs: Sequence[_Run], target: Target, unit: str) -> None:
+    """Draws the curves as `learning_curve.plot` draws one: what was measured as points, the best so far as a line."""
+    import matplotlib.figure  # Takes a second to import.
+
+    figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for run, (line, color) in zip(runs, itertools.product(_LINES, _COLORS)):
+        x, values = run.curve(unit, target)
+        axes.plot(x, values, ".", color=color, alpha=0.3)
+        axes.plot(x, target.monotone(values), line, color=color, label=run.name)
+    axes.axhline(target.value, color="gray", linewidth=1)
+    axes.set(xlabel=_AXES[unit], ylabel=f"test {target.metric}")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    with replacement(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+if __name__ == "__main__":
+    program.run("compare", main, takes="RUN_DIR")
