@@ -13,16 +13,16 @@ from binaries.experiment import Experiment
 
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Where the pictures go; by default pictures/TASK-PARTITION.")
 
-experiment_flags.define("task", "data", "partition", "clients", "seed")
+experiment_flags.define("task", "data", "partition", "dirichlet_alpha", "clients", "seed")
 flags.adopt_module_key_flags(data_flags)
 flags.adopt_module_key_flags(experiment_flags)
 
 
 def main() -> None:
-    experiment = Experiment(**experiment_flags.given())
-    output_dir = pathlib.Path(
-        os.path.expanduser(_OUTPUT_DIR.value or f"pictures/{experiment.task}-{experiment.partition}")
-    )
+    # A task of one's own has no learning rate, and here it does not matter.
+    experiment = Experiment(learning_rate=1.0, **experiment_flags.given())
+    name = "-".join(part for part in (experiment.task_name, experiment.partition) if part)
+    output_dir = pathlib.Path(os.path.expanduser(_OUTPUT_DIR.value or f"pictures/{name}"))
     output_dir.mkdir(parents=True, exist_ok=True)
     print(f"pictures of {experiment.task} in {output_dir} (TensorFlow takes some seconds to start)", flush=True)
 
@@ -30,9 +30,9 @@ def main() -> None:
 
     task = experiment.build_task(**data_flags.directories())
     print(pictures.summary(task))
-    for name in ("examples_per_client", "labels_per_client", "clients"):
+    for name, draw in pictures.kinds(task).items():
         path = output_dir / f"{name}.png"
-        pictures.save(getattr(pictures, name)(task), path)
+        pictures.save(draw(task), path)
         print(path)
 
 

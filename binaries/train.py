@@ -12,10 +12,13 @@ from absl import flags
 
 from binaries.command_line import data_flags, experiment_flags, program
 from binaries.experiment import Experiment
+from binaries.experiment.record import SETTINGS
 
 _RUN_DIR = flags.DEFINE_string(
     "run_dir", None, "Where the run is kept, by default runs/TASK. The flags of a run that it holds need not be given."
 )
+
+_BEYOND_THE_PAPER = ("client_optimizer", "proximal_strength", "server_optimizer", "aggregator")
 
 experiment_flags.define()
 flags.adopt_module_key_flags(data_flags)
@@ -41,7 +44,7 @@ def _experiment() -> tuple[Experiment, str]:
     given = experiment_flags.given()
     if _RUN_DIR.value is None:
         experiment = Experiment(**given)
-        return experiment, f"runs/{experiment.task}"
+        return experiment, f"runs/{experiment.task_name}"
     run_dir = os.path.expanduser(_RUN_DIR.value)
     held = Experiment.read(run_dir)
     return held.go_on(run_dir, given) if held else Experiment(**given), run_dir
@@ -53,9 +56,15 @@ def _description(experiment: Experiment, run_dir: str) -> str:
     decay = ""
     if experiment.learning_rate_decay:
         decay = f" x {experiment.learning_rate_decay:g} every {experiment.decay_every} rounds"
+    of = ", ".join(part for part in (experiment.task, experiment.data, experiment.partition) if part)
+    beyond_the_paper = "".join(
+        f", {name} = {value}"
+        for name in _BEYOND_THE_PAPER
+        if (value := getattr(experiment, name)) != SETTINGS[name].default
+    )
     return (
-        f"{experiment.algorithm} on {experiment.task}, {experiment.data}, {experiment.partition}, with {values}, "
-        f"eta = {experiment.learning_rate:g}{decay}, in {run_dir} (TensorFlow takes some seconds to start)"
+        f"{experiment.algorithm} on {of}, with {values}, eta = {experiment.learning_rate:g}{decay}{beyond_the_paper}, "
+        f"in {run_dir} (TensorFlow takes some seconds to start)"
     )
 
 

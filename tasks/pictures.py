@@ -2,6 +2,7 @@
 
 import os
 import textwrap
+from collections.abc import Callable
 
 import matplotlib.figure
 import numpy as np
@@ -28,6 +29,17 @@ def summary(task: Task) -> str:
         f"{len(n)} clients with {n.sum()} examples: "
         f"{n.min()} to {n.max()}, median {np.median(n):g}, mean {n.mean():.1f}; {task.test.num_examples.sum()} to test"
     )
+
+
+def kinds(task: Task) -> dict[str, Callable[[Task], matplotlib.figure.Figure]]:
+    """Returns, by name, those of the functions below that can draw this task."""
+    drawn = {"examples_per_client": examples_per_client}
+    if task.label_names is not None:
+        drawn["labels_per_client"] = labels_per_client
+        x, y, *_ = task.train.batch_spec
+        if y.shape.rank == 2 or (isinstance(x, tf.TensorSpec) and x.shape.rank in (3, 4)):
+            drawn["clients"] = clients
+    return drawn
 
 
 def examples_per_client(task: Task) -> matplotlib.figure.Figure:
@@ -106,7 +118,7 @@ def _spread(num_clients: int, most: int) -> list[int]:
 def _examples(task: Task, client_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the `(x, y)` that the model gets of a client."""
     records = task.train.read(tf.constant(client_id))
-    x, y = task.train.batch(records, tf.range(tf.shape(records)[0]), tf.zeros([2], tf.int64))
+    x, y, *_ = task.train.batch(records, tf.range(tf.shape(records)[0]), tf.zeros([2], tf.int64))
     return x.numpy(), y.numpy()
 
 

@@ -72,6 +72,12 @@ OUT_OF_RANGE = [
     ("learning_rate_decay", [0, 1.01, math.nan]),
     ("rounds", [0, 2**31, "20"]),
     ("eval_every", [0, 2**31]),
+    ("client_optimizer", ["rmsprop", 1]),
+    ("proximal_strength", [-0.1, math.nan, math.inf]),
+    ("server_optimizer", ["rmsprop", 1]),
+    ("server_learning_rate", [0, -1, math.nan]),
+    ("aggregator", ["median", 1]),
+    ("client_weighting", ["equal", 1]),
     ("eval_train", [1, "true"]),
     ("target_accuracy", [-0.1, 1.01, math.nan]),
 ]
@@ -86,14 +92,69 @@ def test_what_is_out_of_range_is_refused_in_one_line_that_names_the_flag(name, v
     assert "take" in str(error.value)
 
 
-@pytest.mark.parametrize("value", [0, 2**31])
-def test_rounds_between_decays_have_a_range_too(value):
-    with pytest.raises(ValueError, match=f"^--decay_every={value}: take an integer from 1 to 2,147,483,647$"):
-        Experiment(learning_rate_decay=0.99, decay_every=value)
+# What can be chosen with another setting only.
+DEPENDENT = [
+    ("decay_every", [0, 2**31], dict(learning_rate_decay=0.99)),
+    ("dirichlet_alpha", [0, -1, math.nan, math.inf], dict(partition="dirichlet")),
+    ("zeroing", [2, "true"], dict(aggregator="robust")),
+    ("clipping", [0, "false"], dict(aggregator="compressed")),
+    ("noise_multiplier", [0, -1, math.nan], dict(aggregator="dp")),
+    ("delta", [0, 1.1], dict(aggregator="dp", noise_multiplier=1)),
+    *(
+        (f"{side}_{name}", [-0.1, 1.1, math.nan], {f"{side}_optimizer": optimizer})
+        for side in ("client", "server")
+        for name, optimizer in (
+            ("momentum", "momentum"),
+            ("beta_1", "adam"),
+            ("beta_2", "yogi"),
+            ("epsilon", "adagrad"),
+            ("initial_preconditioner_value", "adagrad"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "others"), [(name, value, others) for name, values, others in DEPENDENT for value in values]
+)
+def test_dependent_settings_have_a_range_too(name, value, others):
+    with pytest.raises(ValueError, match=f"^--{name}=.*: take ") as error:
+        Experiment(**others, **{name: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "value", "others"), [(name, values[0], others) for name, values, others in DEPENDENT])
+def test_dependent_settings_need_another_one(name, value, others):
+    allowed = {"zeroing": True, "clipping": True, "decay_every": 1}.get(name, 0.5)
+    with pytest.raises(ValueError, match=f"^--{name}={allowed} needs --{next(iter(others))}"):
+        Experiment(**{name: allowed})
 
 
 def test_ranges_of_all_fields_are_tested():
-    assert {name for name, _ in OUT_OF_RANGE} | {"decay_every"} == SETTINGS.keys()
+    assert {name for name, *_ in (*OUT_OF_RANGE, *DEPENDENT)} == SETTINGS.keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing"),
+    [
+        (dict(client_optimizer="adam"), "--learning_rate has no default for --client_optimizer=adam"),
+        (dict(server_optimizer="yogi"), "--server_learning_rate has no default for --server_optimizer=yogi"),
+        (dict(aggregator="dp"), "--noise_multiplier has no default for --aggregator=dp"),
+    ],
+)
+def test_what_has_no_good_default_is_asked_for(settings, missing):
+    with pytest.raises(ValueError, match=f"^{missing}: give it$"):
+        Experiment(**settings)
+
+
+def test_parameters_of_optimizers_have_the_defaults_of_tff_and_of_reddi_et_al():
+    adam = Experiment(client_optimizer="adam", learning_rate=0.001, server_optimizer="adam", server_learning_rate=0.1)
+    assert (adam.client_beta_1, adam.client_beta_2, adam.client_epsilon) == (0.9, 0.999, 1e-7)
+    assert (adam.server_beta_1, adam.server_beta_2, adam.server_epsilon) == (0.9, 0.99, 1e-3)
+    plain = Experiment()
+    assert (plain.client_optimizer, plain.server_optimizer, plain.server_learning_rate) == ("sgd", "sgd", 1.0)
+    assert (plain.client_momentum, plain.server_beta_1, plain.zeroing, plain.delta) == (None, None, None, None)
+    assert Experiment(aggregator="dp", noise_multiplier=1).client_weighting == "uniform"
 
 
 @pytest.mark.parametrize(

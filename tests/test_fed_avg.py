@@ -3,36 +3,15 @@ import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
 from numpy_model import client_update, loss_and_gradient, max_difference
+from tff_reference import run_rounds_of_tff, split
 
-from tff_fedavg import build_fed_avg, build_fed_sgd
-from tff_fedavg.client_update import minibatch_seed
+from tff_fedavg import ClientDataset, build_fed_avg, build_fed_eval, build_fed_sgd
 
 CLIENTS = [0, 1, 3, 4]  # 7, 1, 20 and 10 examples.
 
 
-def split(seed, round_number, client_id, num_examples):
-    key = minibatch_seed(seed, tf.constant(round_number), tf.constant(client_id))
-    return tf.random.experimental.stateless_shuffle(tf.range(num_examples), key).numpy()
-
-
 def weights_of(state):
     return state.global_model_weights.trainable
-
-
-def tff_fed_avg_rounds(model, client_arrays, *, epochs, batch_size, learning_rate, rounds):
-    """The same rounds by TFF's own FedAvg, fed with the same batches."""
-    process = tff.learning.algorithms.build_weighted_fed_avg(
-        model, tff.learning.optimizers.build_sgdm(learning_rate), tff.learning.optimizers.build_sgdm(1.0)
-    )
-    state = process.initialize()
-    for t in range(rounds):
-        datasets = []
-        for k in CLIENTS:
-            order = split(0, t, k, len(client_arrays[k]["y"]))
-            x, y = client_arrays[k]["x"][order], client_arrays[k]["y"][order].astype(np.int32)
-            datasets.append(tf.data.Dataset.from_tensor_slices((x, y)).batch(batch_size).repeat(epochs))
-        state, metrics = process.next(state, datasets)
-    return weights_of(state), metrics
 
 
 def run_rounds(process, rounds, clients=CLIENTS):
@@ -44,10 +23,13 @@ def run_rounds(process, rounds, clients=CLIENTS):
 
 @pytest.mark.parametrize(("epochs", "batch_size"), [(1, 10), (2, 3), (3, 50)])
 def test_rounds_equal_those_of_tffs_own_fed_avg(worker, model, client_arrays, client_dataset, epochs, batch_size):
-    settings = dict(epochs=epochs, batch_size=batch_size, learning_rate=0.1)
-    state, metrics = run_rounds(build_fed_avg(model, client_dataset, **settings), 3)
-    expected, expected_metrics = tff_fed_avg_rounds(model, client_arrays, **settings, rounds=3)
-    assert max_difference(weights_of(state), expected) < 1e-5
+    settings = dict(epochs=epochs, batch_size=batch_size)
+    state, metrics = run_rounds(build_fed_avg(model, client_dataset, **settings, learning_rate=0.1), 3)
+    reference = tff.learning.algorithms.build_weighted_fed_avg(
+        model, tff.learning.optimizers.build_sgdm(0.1), tff.learning.optimizers.build_sgdm(1.0)
+    )
+    expected, expected_metrics = run_rounds_of_tff(reference, client_arrays, CLIENTS, **settings, rounds=3)
+    assert max_difference(weights_of(state), weights_of(expected)) < 1e-5
     train = metrics["client_work"]["train"]
     assert train["num_examples"] == 38
     assert train["loss"] == pytest.approx(expected_metrics["client_work"]["train"]["loss"], rel=1e-5)
@@ -170,6 +152,129 @@ def test_unweighted_aggregator_weights_all_clients_alike(worker, model, client_a
     assert max_difference(weights_of(state), expected) < 1e-6
 
 
+def test_the_learning_rate_is_any_function_of_the_rounds(worker, model, client_dataset):
+    rates = tf.constant([0.2, 0.1, 0.05])
+    functions = (
+        lambda t: 0.2 * 0.5**t,
+        lambda t: 0.2 if t < 1 else 0.1 / t,
+        lambda t: rates[tf.cast(t, tf.int32)],
+    )
+    runs = []
+    for learning_rate in functions:
+        process = build_fed_avg(model, client_dataset, epochs=1, batch_size=5, learning_rate=learning_rate)
+        runs.append(weights_of(run_rounds(process, 3)[0]))
+    state = process.initialize()
+    for rate in (0.2, 0.1, 0.05):
+        state, _ = build_fed_avg(model, client_dataset, epochs=1, batch_size=5, learning_rate=rate).next(state, CLIENTS)
+    for run in runs:
+        assert max_difference(run, weights_of(state)) < 1e-6
+
+
+def diverging_for(client_dataset, clients):
+    """The dataset, with features of these clients that are not finite; they are known by their number of examples."""
+    sizes = [int(client_dataset.num_examples[k]) for k in clients]
+
+    def preprocess(example):
+        is_bad = tf.reduce_any(tf.equal(tf.shape(example["x"])[0], sizes))
+        return tf.where(is_bad, np.inf, example["x"]), tf.cast(example["y"], tf.int32)
+
+    return ClientDataset(client_dataset.directory, preprocess)
+
+
+@pytest.mark.parametrize("algorithm", ["fedavg", "fedsgd"])
+def test_a_client_whose_update_is_not_finite_is_left_out_with_its_weight(worker, model, client_dataset, algorithm):
+    def build(dataset):
+        if algorithm == "fedsgd":
+            return build_fed_sgd(model, dataset, learning_rate=0.5)
+        return build_fed_avg(model, dataset, epochs=2, batch_size=None, learning_rate=0.5)
+
+    state, metrics = run_rounds(build(diverging_for(client_dataset, [3])), 1)
+    expected, expected_metrics = run_rounds(build(client_dataset), 1, clients=[0, 1, 4])
+    assert max_difference(weights_of(state), weights_of(expected)) < 1e-7
+    assert metrics["clients_left_out"] == 1 and expected_metrics["clients_left_out"] == 0
+    assert metrics["client_work"]["train"] == pytest.approx(expected_metrics["client_work"]["train"], rel=1e-6)
+
+
+@pytest.mark.parametrize("aggregator", [None, tff.learning.robust_aggregator()], ids=["mean", "robust"])
+def test_all_left_out_leaves_the_weights_and_the_servers_optimizer(worker, model, client_dataset, aggregator):
+    process = build_fed_avg(
+        model,
+        diverging_for(client_dataset, CLIENTS),
+        epochs=1,
+        batch_size=None,
+        learning_rate=0.1,
+        server_optimizer=tff.learning.optimizers.build_adam(0.1),
+        aggregator=aggregator,
+    )
+    good, _ = process.next(process.initialize(), [5])
+    state, metrics = process.next(good, CLIENTS)
+    assert metrics["clients_left_out"] == 4 and metrics["finalizer"]["update_non_finite"] == 1
+    assert max_difference(weights_of(state), weights_of(good)) == 0
+    assert max_difference(tf.nest.flatten(state.finalizer), tf.nest.flatten(good.finalizer)) == 0
+    assert (good.client_work, state.client_work) == (1, 2)
+
+
+@pytest.mark.parametrize("convert", [np.array, tuple, tf.constant, lambda ids: map(np.int64, ids)])
+def test_client_ids_are_integers_of_any_kind(worker, model, client_dataset, convert):
+    process = build_fed_sgd(model, client_dataset, learning_rate=0.5)
+    state = process.initialize()
+    expected, found = process.next(state, CLIENTS).state, process.next(state, convert(CLIENTS)).state
+    assert max_difference(weights_of(found), weights_of(expected)) == 0
+
+
+def test_clients_that_do_not_exist_are_refused_in_one_line(model, client_dataset):
+    computations = build_fed_sgd(model, client_dataset, learning_rate=0.5).next, build_fed_eval(model, client_dataset)
+    for computation in computations:
+        for client_ids, error, message in (
+            ([0, 6], ValueError, "client_ids has 6, but the clients are 0 to 5"),
+            ([], ValueError, "client_ids is empty"),
+            ([0.5], TypeError, "client_ids has 0.5: it takes integers"),
+        ):
+            with pytest.raises(error, match=message):
+                computation(None, client_ids)
+
+
+def test_computations_are_those_of_tff_with_their_types(model, client_dataset):
+    next_round = build_fed_sgd(model, client_dataset, learning_rate=0.5).next
+    assert isinstance(next_round, tff.framework.ConcreteComputation)
+
+    @tff.federated_computation(*next_round.type_signature.parameter)
+    def composed(state, client_ids):
+        return next_round(state, client_ids)
+
+    assert composed.type_signature.is_equivalent_to(next_round.type_signature)
+
+
+def a_keras_model():
+    return tf.keras.Sequential([tf.keras.layers.InputLayer([4]), tf.keras.layers.Dense(3)])
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "message"),
+    [
+        ("model", a_keras_model, "model is a Sequential; .*functional_model_from_keras"),
+        ("client_dataset", lambda: [{"x": [1]}], "client_dataset is a list; .*from_arrays"),
+        ("client_optimizer", tf.keras.optimizers.Adam, r"client_optimizer is .*; it must be one of tff\.learning"),
+        ("client_optimizer", lambda: "adam", "client_optimizer is 'adam'"),
+        ("server_optimizer", lambda: tf.keras.optimizers.SGD, "server_optimizer is <class"),
+        ("aggregator", lambda: "mean", "aggregator is 'mean'; it must be an aggregation factory"),
+        ("client_weighting", lambda: "uniform", "client_weighting is 'uniform'; it must be a tff.learning.Client"),
+        ("learning_rate", lambda: "0.1", r"learning_rate \(eta\) is '0.1'; it must be a number or a function"),
+        ("learning_rate", lambda: None, r"learning_rate \(eta\) is None"),
+    ],
+)
+def test_arguments_of_another_type_are_told_with_what_is_taken(model, client_dataset, name, build, message):
+    arguments = {"model": model, "client_dataset": client_dataset, "epochs": 1, "batch_size": 5, "learning_rate": 0.1}
+    with pytest.raises(TypeError, match=message) as error:
+        build_fed_avg(**{**arguments, name: build()})
+    assert "\n" not in str(error.value)
+
+
+def test_aggregators_that_need_secure_sums_are_refused_before_the_round(model, client_dataset):
+    with pytest.raises(ValueError, match="needs secure sums, which TFF's runtime does not have"):
+        build_fed_sgd(model, client_dataset, learning_rate=0.1, aggregator=tff.learning.secure_aggregator())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -177,6 +282,8 @@ def test_unweighted_aggregator_weights_all_clients_alike(worker, model, client_a
         (dict(batch_size=0), r"batch_size \(B\) is 0; it must be at least 1, or None"),
         (dict(learning_rate=-0.1), r"learning_rate \(eta\) is -0.1; it must be a number above 0"),
         (dict(learning_rate=float("nan")), r"learning_rate \(eta\) is nan"),
+        (dict(learning_rate=lambda t: 1 / "a"), "learning_rate fails: TypeError: "),
+        (dict(proximal_strength=-1.0), r"proximal_strength \(mu\) is -1.0; it must be a number from 0 on"),
     ],
 )
 def test_arguments_out_of_range_are_refused(model, client_dataset, change, message):

@@ -195,7 +195,7 @@ def _first_error(error: Exception) -> str:
     """Returns the line of an error's text that says what it is: AutoGraph and Keras put the code before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[A-Za-z]+(Error|Exception): ", line)]
-    return (named or lines or [type(error).__name__])[0]
+    return (named or [f"{type(error).__name__}: {line}" for line in lines] or [type(error).__name__])[0]
 
 
 def _operation(tensor_name: str) -> str:

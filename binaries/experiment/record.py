@@ -6,6 +6,7 @@ two runs come from it.
 
 import dataclasses
 import os
+import re
 import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -261,6 +262,11 @@ class Experiment:
             return cls(**config["settings"])
         except ValueError as e:
             raise ValueError(f"run_dir={run_dir} holds a run that this version does not take: {e}") from e
+
+    @property
+    def task_name(self) -> str:
+        """The task as a file name: of a task of one's own the name of its file or module."""
+        return re.sub(r"(\.py)?(:\w+)?$", "", self.task).rpartition("/")[2]
 
     def to_json(self) -> dict[str, Any]:
         """Returns the settings in config.json, by name."""
