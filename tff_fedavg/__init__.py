@@ -6,20 +6,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tff_fedavg.centralized import CentralizedSGD as CentralizedSGD
     from tff_fedavg.client_data import ClientDataset as ClientDataset
+    from tff_fedavg.evaluation import build_client_eval as build_client_eval
     from tff_fedavg.evaluation import build_fed_eval as build_fed_eval
     from tff_fedavg.export import keras_model as keras_model
     from tff_fedavg.fed_avg import build_fed_avg as build_fed_avg
     from tff_fedavg.fed_avg import build_fed_sgd as build_fed_sgd
     from tff_fedavg.functional_model import functional_model_from_keras as functional_model_from_keras
+    from tff_fedavg.personalization import build_personalization_eval as build_personalization_eval
     from tff_fedavg.runtime import local_worker as local_worker
     from tff_fedavg.sampling import build_sampling_fn as build_sampling_fn
 
 _MODULES = {
     "CentralizedSGD": "centralized",
     "ClientDataset": "client_data",
+    "build_client_eval": "evaluation",
     "build_fed_avg": "fed_avg",
     "build_fed_eval": "evaluation",
     "build_fed_sgd": "fed_avg",
+    "build_personalization_eval": "personalization",
     "build_sampling_fn": "sampling",
     "functional_model_from_keras": "functional_model",
     "keras_model": "export",

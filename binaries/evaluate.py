@@ -1,0 +1,169 @@
+"""Evaluates the saved model of a run: on the test set, on each client, and after it was personalized.
+
+    python -m binaries.evaluate --run_dir=runs/mnist_2nn
+    python -m binaries.evaluate --run_dir=runs/mnist_2nn --split=train
+    python -m binaries.evaluate --run_dir=runs/mnist_2nn --personalize_epochs=5
+
+The test set belongs to no client: it is cut into parts only to be evaluated in parallel. So what is said of single
+clients is measured on their own training examples, as they are in training. With --personalize_epochs a fifth of the
+examples of each client, drawn by the seed of the run, is held out: on it the model is measured before and after it was
+trained on the client's other examples, by SGD. The run itself has trained on all of them. A row per client and the
+histograms are left in --output_dir.
+"""
+
+import csv
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from binaries.command_line import program, saved_run
+from binaries.experiment import Experiment
+from binaries.experiment.record import SETTINGS
+from tff_fedavg import saved_state
+from tff_fedavg.replacement import replacement
+
+if TYPE_CHECKING:
+    import tensorflow_federated as tff
+
+    from tasks.task import Task
+    from tff_fedavg.learning_curve import Target
+
+_SPLIT = flags.DEFINE_enum(
+    "split", "test", ["test", "train"], "The test set as a whole, or the training examples of each client."
+)
+_EPOCHS = flags.DEFINE_integer("personalize_epochs", None, "E, the epochs for which each client trains the model on.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "B of it; 0 is B = inf. By default that of the run.")
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", None, "eta of it; by default that of the run.")
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Where the files go; by default RUN_DIR/evaluation.")
+
+flags.adopt_module_key_flags(saved_run)
+
+# The worker prepares anew for each number of clients that it meets.
+_CLIENTS_PER_CALL = 50
+
+
+def main() -> None:
+    run_dir, experiment, round_number = saved_run.chosen()
+    personalization = _personalization(experiment)
+    output_dir = pathlib.Path(os.path.expanduser(_OUTPUT_DIR.value or f"{run_dir}/evaluation"))
+    print(f"round {round_number} of {run_dir} (TensorFlow takes some seconds to start)", flush=True)
+    # Last, since they import TensorFlow.
+    import tff_fedavg
+    from binaries.experiment.process import choose_target
+
+    weights = saved_state.load_weights(run_dir, round_number)
+    with tff_fedavg.local_worker():
+        task = saved_run.build_task(run_dir, experiment)
+        target = choose_target(experiment, task)
+        model = task.build_model(experiment.seed)
+        prefix = f"round_{round_number}"
+        if personalization:
+            computation = tff_fedavg.build_personalization_eval(model, task.train, **personalization)
+            results = _for_all_clients(computation, weights, task)
+            _report_personalization(output_dir / f"{prefix}_personalized_E{_EPOCHS.value}", results, task, target)
+        elif _SPLIT.value == "train":
+            results = _for_all_clients(tff_fedavg.build_client_eval(model, task.train), weights, task)
+            _report_clients(output_dir / f"{prefix}_train", results, task, target)
+        else:
+            metrics = tff_fedavg.build_fed_eval(model, task.test)(weights, range(task.test.num_clients))
+            numbers = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            print(f"on the {task.test.num_examples.sum()} examples of the test set: {numbers}")
+
+
+def _personalization(experiment: Experiment) -> dict[str, Any]:
+    """Returns the arguments of `build_personalization_eval`; none if that is not asked for."""
+    given = {"local_epochs": _EPOCHS, "batch_size": _BATCH_SIZE, "learning_rate": _LEARNING_RATE}
+    for name, flag in given.items():
+        if flag.value is None:
+            continue
+        if _EPOCHS.value is None:
+            raise ValueError(f"--{flag.name}={flag.value} needs --personalize_epochs: give that, or leave it out")
+        if not SETTINGS[name].allows(flag.value):
+            raise ValueError(f"--{flag.name}={flag.value}: take {SETTINGS[name].range}")
+    if _EPOCHS.value is None:
+        return {}
+    if _SPLIT.present:
+        raise ValueError("--split is of no use with --personalize_epochs, which splits the examples of each client")
+    if _LEARNING_RATE.value is None and experiment.client_optimizer != "sgd":
+        raise ValueError(f"--learning_rate is missing: that of the run is for {experiment.client_optimizer}, not SGD")
+    batch_size = experiment.batch_size if _BATCH_SIZE.value is None else _BATCH_SIZE.value
+    return {
+        "epochs": _EPOCHS.value,
+        "batch_size": batch_size or None,
+        "learning_rate": _LEARNING_RATE.value or experiment.learning_rate,
+        "seed": experiment.seed,
+    }
+
+
+def _for_all_clients(
+    computation: "tff.Computation", weights: "tff.learning.models.ModelWeights", task: "Task"
+) -> dict[int, Any]:
+    """Returns what the computation gives for each client that has examples, by client."""
+    import tqdm
+
+    # The largest first, so that those of a call are about equally large.
+    clients = sorted(task.train.num_examples.nonzero()[0].tolist(), key=lambda k: -task.train.num_examples[k])
+    size = min(_CLIENTS_PER_CALL, len(clients))
+    results = {}
+    with tqdm.tqdm(total=len(clients), unit=" clients", delay=2, disable=not sys.stderr.isatty()) as bar:
+        for start in range(0, len(clients), size):
+            called = clients[start : start + size]
+            filled_up = called + clients[: size - len(called)]
+            results.update(zip(called, computation(weights, filled_up)))
+            bar.update(len(called))
+    return dict(sorted(results.items()))
+
+
+def _report_clients(path: pathlib.Path, results: Mapping[int, Any], task: "Task", target: "Target") -> None:
+    from tff_fedavg import distribution
+
+    num_examples = [int(task.train.num_examples[k]) for k in results]
+    rows = [{"client": k, "num_examples": n, **metrics} for (k, metrics), n in zip(results.items(), num_examples)]
+    _write_csv(path, rows)
+    values = [metrics[target.metric] for metrics in results.values()]
+    title = f"{task.name}: {target.metric} on the clients' training examples"
+    distribution.plot(path.with_suffix(".png"), {f"{len(results)} clients": values}, target=target, title=title)
+    summary = distribution.summarize(values, num_examples, lower_is_better=target.lower_is_better)
+    print(f"{target.metric} of {len(results)} clients on their training examples: {summary}")
+    print(f"see {path}.csv and {path}.png")
+
+
+def _report_personalization(path: pathlib.Path, results: Mapping[int, Any], task: "Task", target: "Target") -> None:
+    from tff_fedavg import distribution, personalization
+
+    held_out = [int(personalization.num_held_out(task.train.num_examples[k])) for k in results]
+    rows = []
+    for (k, metrics), n in zip(results.items(), held_out):
+        named = {f"{name}_{when}": value for when, each in metrics.items() for name, value in each.items()}
+        rows.append({"client": k, "num_examples": task.train.num_examples[k] - n, "num_held_out": n, **named})
+    _write_csv(path, rows)
+    before, after = ([metrics[when][target.metric] for metrics in results.values()] for when in ("before", "after"))
+    title = f"{task.name}: {target.metric} on a fifth of each client's examples"
+    distribution.plot(
+        path.with_suffix(".png"), {"before": before, f"after {_EPOCHS.value} epochs": after}, target=target, title=title
+    )
+    print(
+        f"{target.metric} of {len(results)} clients on a fifth of their examples, as all of them seen by the run before"
+    )
+    for when, values in (("before", before), ("after", after)):
+        summary = distribution.summarize(values, held_out, lower_is_better=target.lower_is_better)
+        print(f"{when + ':':7} {summary}")
+    gains = [(b - a if target.lower_is_better else a - b) for b, a in zip(before, after)]
+    print(f"better for {sum(g > 0 for g in gains)} clients, worse for {sum(g < 0 for g in gains)}")
+    print(f"see {path}.csv and {path}.png")
+
+
+def _write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacement(path.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    program.run("evaluate", main)
