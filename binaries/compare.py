@@ -105,7 +105,7 @@ def _target(runs: Sequence[_Run]) -> Target:
     has_accuracy = all(accuracy.field in run.metrics[0] for run in runs)
     target = accuracy if has_accuracy else loss
     given = {run.experiment.target_accuracy for run in runs}
-    if has_accuracy and len(given) == 1 and None not in given:
+    if has_accuracy and len(given) == 1 and not given & {None, 1.0}:  # 1 is for none.
         return Target(given.pop())
     best = [target.best(run.curve(_ROUNDS, target)[1]) for run in runs]
     return dataclasses.replace(target, value=(max if target.lower_is_better else min)(best))

@@ -146,9 +146,7 @@ def _report_personalization(path: pathlib.Path, results: Mapping[int, Any], task
     distribution.plot(
         path.with_suffix(".png"), {"before": before, f"after {_EPOCHS.value} epochs": after}, target=target, title=title
     )
-    print(
-        f"{target.metric} of {len(results)} clients on a fifth of their examples, as all of them seen by the run before"
-    )
+    print(f"{target.metric} of {len(results)} clients on a fifth of their training examples, held out only now:")
     for when, values in (("before", before), ("after", after)):
         summary = distribution.summarize(values, held_out, lower_is_better=target.lower_is_better)
         print(f"{when + ':':7} {summary}")
