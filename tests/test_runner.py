@@ -1,0 +1,134 @@
+"""Experiments from beginning to end, in this program: what an experiment says is what is run, kept and resumed."""
+
+import re
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from binaries.experiment import Experiment, runner
+from binaries.experiment.observer import Observer
+from tff_fedavg.learning_curve import read_metrics
+
+OWN_TASK = "docs/examples/auto_mpg.py"
+TASK_WITH_DROPOUT = """
+import re
+
+import numpy as np
+import tensorflow as tf
+import tasks
+from tff_fedavg import ClientDataset
+
+
+def build(seed):
+    rng = np.random.default_rng(seed)
+    clients = [{"x": rng.normal(size=[20, 4]).astype("f"), "y": rng.integers(3, size=20)} for _ in range(6)]
+    normalization = tf.keras.layers.Normalization()
+    normalization.adapt(np.concatenate([client["x"] for client in clients]))
+
+    def model():
+        copy = tf.keras.layers.Normalization.from_config(normalization.get_config())
+        copy.build([None, 4])
+        copy.set_weights(normalization.get_weights())
+        copy.finalize_state()
+        return tf.keras.Sequential(
+            [
+                tf.keras.layers.InputLayer([4]),
+                copy,
+                tf.keras.layers.Dense(8, "relu", kernel_regularizer="l2"),
+                tf.keras.layers.Dropout(0.5),
+                tf.keras.layers.Dense(3),
+            ]
+        )
+
+    data = ClientDataset.from_arrays(clients)
+    loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    metrics = {"accuracy": "accuracy"}
+    return tasks.Task(name="noisy", train=data, test=data, keras_model_fn=model, loss=loss, metrics=metrics)
+"""
+
+
+class StopAfter(Observer):
+    def __init__(self, round_number):
+        self._round_number = round_number
+
+    def update(self, progress):
+        if progress.round_number == self._round_number:
+            raise KeyboardInterrupt
+
+
+def saved(run_dir, round_number):
+    """The saved values of a round, of the state's weights and optimizer alike."""
+    reader = tf.train.load_checkpoint(run_dir / "states" / f"program_state_{round_number}" / "variables" / "variables")
+    names = [name for name in reader.get_variable_to_shape_map() if "OBJECT_GRAPH" not in name]
+    return {name: np.asarray(reader.get_tensor(name)) for name in names}
+
+
+def test_a_run_with_dropout_regularisers_and_optimizers_resumes_bit_for_bit(tmp_path):
+    (tmp_path / "noisy.py").write_text(TASK_WITH_DROPOUT)
+    experiment = Experiment(
+        task=str(tmp_path / "noisy.py"),
+        client_optimizer="adam",
+        learning_rate=0.01,
+        server_optimizer="yogi",
+        server_learning_rate=0.05,
+        proximal_strength=0.1,
+        aggregator="robust",
+        client_fraction=0.5,
+        batch_size=6,
+        rounds=5,
+    )
+    runner.run(experiment, tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(experiment, tmp_path / "stopped", observer=StopAfter(3))
+    runner.run(experiment, tmp_path / "stopped")
+    straight, resumed = saved(tmp_path / "straight", 5), saved(tmp_path / "stopped", 5)
+    assert straight.keys() == resumed.keys() and len(straight) > 10
+    assert all(np.array_equal(straight[name], resumed[name]) for name in straight)
+    rows = [read_metrics(tmp_path / name / "metrics.csv") for name in ("straight", "stopped")]
+    for row in (*rows[0], *rows[1]):
+        row.pop("training_time_in_seconds", None)
+    assert rows[0] == rows[1]
+
+
+def test_a_task_without_an_accuracy_runs_to_its_own_target(tmp_path):
+    experiment = Experiment(task=OWN_TASK, learning_rate=0.003, client_fraction=0.3, rounds=60)
+    outcome = runner.run(experiment, tmp_path / "run")
+    assert ", best mean_absolute_error 2." in outcome and "rounds to 2.5: not reached" not in outcome
+    rows = read_metrics(tmp_path / "run" / "metrics.csv")
+    assert rows[-1]["evaluation/mean_absolute_error"] <= 2.5 < rows[-2]["evaluation/mean_absolute_error"]
+    assert (tmp_path / "run" / "learning_curve.png").exists()
+
+
+def test_a_target_accuracy_is_refused_where_there_is_no_accuracy(tmp_path):
+    experiment = Experiment(task=OWN_TASK, learning_rate=0.003, target_accuracy=0.5)
+    with pytest.raises(ValueError, match="auto_mpg has no accuracy: its metrics are loss, mean_absolute_error"):
+        runner.run(experiment, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (dict(aggregator="dp", noise_multiplier=1.0), r"epsilon \d.* at delta 1e-05"),
+        (dict(aggregator="compressed"), r" 4\.7 MB up, 15\.9 MB down"),
+        (dict(algorithm="fedsgd", server_optimizer="momentum", partition="dirichlet"), r"15\.9 MB up"),
+    ],
+)
+def test_the_outcome_says_what_was_sent_and_how_private_it_is(tmp_path, settings, expected):
+    experiment = Experiment(data="embedded", rounds=2, **settings)
+    outcome = runner.run(experiment, tmp_path / "run", cache_dir=tmp_path / "cache")
+    assert re.search(expected, outcome), outcome
+    assert Experiment.read(tmp_path / "run") == experiment
+
+
+def test_the_loss_on_the_training_data_is_the_mean_over_all_examples(tmp_path):
+    experiment = Experiment(task=OWN_TASK, learning_rate=1e-6, rounds=1, eval_train=True)
+    runner.run(experiment, tmp_path / "run")
+    rows = read_metrics(tmp_path / "run" / "metrics.csv")
+    task = experiment.build_task()
+    tf.keras.utils.set_random_seed(experiment.seed)
+    model = task.keras_model_fn()
+    model.compile(loss="mse")
+    clients = [task.train.load(k) for k in range(task.train.num_clients)]
+    x, y = (np.concatenate([client[name] for client in clients]) for name in ("x", "y"))
+    assert rows[0]["evaluation/train_loss"] == pytest.approx(model.evaluate(x, y, verbose=0), rel=1e-5)
