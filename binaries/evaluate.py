@@ -14,7 +14,6 @@ histograms are left in --output_dir.
 import csv
 import os
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +26,6 @@ from tff_fedavg import saved_state
 from tff_fedavg.replacement import replacement
 
 if TYPE_CHECKING:
-    import tensorflow_federated as tff
-
     from tasks.task import Task
     from tff_fedavg.learning_curve import Target
 
@@ -42,9 +39,6 @@ _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Where the files go; by de
 
 flags.adopt_module_key_flags(saved_run)
 
-# The worker prepares anew for each number of clients that it meets.
-_CLIENTS_PER_CALL = 50
-
 
 def main() -> None:
     run_dir, experiment, round_number = saved_run.chosen()
@@ -54,6 +48,7 @@ def main() -> None:
     # Last, since they import TensorFlow.
     import tff_fedavg
     from binaries.experiment.process import choose_target
+    from tff_fedavg.evaluation import for_all_clients
 
     weights = saved_state.load_weights(run_dir, round_number)
     with tff_fedavg.local_worker():
@@ -63,10 +58,10 @@ def main() -> None:
         prefix = f"round_{round_number}"
         if personalization:
             computation = tff_fedavg.build_personalization_eval(model, task.train, **personalization)
-            results = _for_all_clients(computation, weights, task)
+            results = for_all_clients(computation, weights, task.train)
             _report_personalization(output_dir / f"{prefix}_personalized_E{_EPOCHS.value}", results, task, target)
         elif _SPLIT.value == "train":
-            results = _for_all_clients(tff_fedavg.build_client_eval(model, task.train), weights, task)
+            results = for_all_clients(tff_fedavg.build_client_eval(model, task.train), weights, task.train)
             _report_clients(output_dir / f"{prefix}_train", results, task, target)
         else:
             metrics = tff_fedavg.build_fed_eval(model, task.test)(weights, range(task.test.num_clients))
@@ -97,25 +92,6 @@ def _personalization(experiment: Experiment) -> dict[str, Any]:
         "learning_rate": _LEARNING_RATE.value or experiment.learning_rate,
         "seed": experiment.seed,
     }
-
-
-def _for_all_clients(
-    computation: "tff.Computation", weights: "tff.learning.models.ModelWeights", task: "Task"
-) -> dict[int, Any]:
-    """Returns what the computation gives for each client that has examples, by client."""
-    import tqdm
-
-    # The largest first, so that those of a call are about equally large.
-    clients = sorted(task.train.num_examples.nonzero()[0].tolist(), key=lambda k: -task.train.num_examples[k])
-    size = min(_CLIENTS_PER_CALL, len(clients))
-    results = {}
-    with tqdm.tqdm(total=len(clients), unit=" clients", delay=2, disable=not sys.stderr.isatty()) as bar:
-        for start in range(0, len(clients), size):
-            called = clients[start : start + size]
-            filled_up = called + clients[: size - len(called)]
-            results.update(zip(called, computation(weights, filled_up)))
-            bar.update(len(called))
-    return dict(sorted(results.items()))
 
 
 def _report_clients(path: pathlib.Path, results: Mapping[int, Any], task: "Task", target: "Target") -> None:

@@ -12,7 +12,6 @@ from conftest import NO_SEED, ROOT
 
 import tasks
 import tff_fedavg
-from binaries import evaluate
 from tff_fedavg import distribution, learning_curve, models, saved_state
 from tff_fedavg.learning_curve import Target
 
@@ -98,22 +97,6 @@ def test_bad_flags_get_one_line_at_once(short_run, flags, message):
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("evaluate: ") and result.stderr.count("\n") == 1
     assert message in result.stderr
-
-
-def test_clients_are_called_in_equal_numbers_and_those_without_examples_not_at_all(monkeypatch, client_dataset):
-    monkeypatch.setattr(evaluate, "_CLIENTS_PER_CALL", 2)
-    calls = []
-
-    def computation(weights, clients):
-        calls.append(list(clients))
-        return [10 * k for k in clients]
-
-    class Task:
-        train = client_dataset
-
-    # Client 2 has no examples, 3 has most.
-    assert evaluate._for_all_clients(computation, None, Task) == {k: 10 * k for k in (0, 1, 3, 4, 5)}
-    assert calls == [[3, 5], [4, 0], [1, 3]]
 
 
 def test_summary_of_accuracies_and_of_losses():

@@ -4,7 +4,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 from numpy_model import loss_and_gradient
 
-from tff_fedavg import build_fed_eval
+from tff_fedavg import build_fed_eval, evaluation
 
 
 @pytest.mark.parametrize("batch_size", [3, 200])
@@ -23,3 +23,16 @@ def test_metrics_are_those_over_all_examples_however_they_are_cut(
     assert metrics["loss"] == pytest.approx(
         tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)(y, logits).numpy(), rel=1e-5
     )
+
+
+def test_clients_are_called_in_equal_numbers_and_those_without_examples_not_at_all(monkeypatch, client_dataset):
+    monkeypatch.setattr(evaluation, "_CLIENTS_PER_CALL", 2)
+    calls = []
+
+    def computation(weights, clients):
+        calls.append(list(clients))
+        return [10 * k for k in clients]
+
+    # Client 2 has no examples, 3 has most.
+    assert evaluation.for_all_clients(computation, None, client_dataset) == {k: 10 * k for k in (0, 1, 3, 4, 5)}
+    assert calls == [[3, 5], [4, 0], [1, 3]]

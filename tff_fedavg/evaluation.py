@@ -1,15 +1,20 @@
 """Evaluation of model weights, on a whole data set or on that of each client, as federated computations."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
+import tqdm
 
 from tff_fedavg.client_data import ClientDataset
 from tff_fedavg.client_ids import for_clients_of
 from tff_fedavg.fed_avg import check_model_and_data
+
+# The worker prepares anew for each number of clients that it meets.
+_CLIENTS_PER_CALL = 50
 
 
 def build_fed_eval(
@@ -66,6 +71,32 @@ def build_client_eval(
         return tff.federated_map(finalize, unfinalized)
 
     return for_clients_of(client_dataset, client_eval)
+
+
+def for_all_clients(
+    computation: tff.Computation, weights: tff.learning.models.ModelWeights, client_dataset: ClientDataset
+) -> dict[int, Any]:
+    """Calls a computation for all clients that have examples, a number of them at a time.
+
+    Args:
+      computation: What `build_client_eval` returns, or another that takes and returns the same.
+      weights: The weights.
+      client_dataset: The client files.
+
+    Returns:
+      The result of each client, by its id, ascending.
+    """
+    # The largest first, so that those of a call are about equally large.
+    clients = sorted(client_dataset.num_examples.nonzero()[0].tolist(), key=lambda k: -client_dataset.num_examples[k])
+    size = min(_CLIENTS_PER_CALL, len(clients))
+    results = {}
+    with tqdm.tqdm(total=len(clients), unit=" clients", delay=2, disable=not sys.stderr.isatty()) as bar:
+        for start in range(0, len(clients), size):
+            called = clients[start : start + size]
+            filled_up = called + clients[: size - len(called)]
+            results.update(zip(called, computation(weights, filled_up)))
+            bar.update(len(called))
+    return dict(sorted(results.items()))
 
 
 def _client_metrics(
