@@ -150,6 +150,16 @@ class TracedFunction:
                 node.input[0] = _value_of(node.input[0])
                 node.attr["T"].CopyFrom(node.attr.pop("dtype"))
                 without_effect.add(node.name)
+            elif node.op == "ResourceGather" and node.input[0] in variable_of:
+                # A variable would hold on to the weights of an embedding, which then are copied with each step.
+                axis = f"{node.name}/axis"
+                node.op = "GatherV2"
+                node.input[:] = [_value_of(node.input[0]), node.input[1], axis, *node.input[2:]]
+                node.attr["Tparams"].CopyFrom(node.attr.pop("dtype"))
+                node.attr["Taxis"].type = tf.int32.as_datatype_enum
+                del node.attr["validate_indices"]
+                self._replacements[axis] = _constant(0)
+                without_effect.add(node.name)
             elif node.op in _STATELESS:
                 node.op, place = _STATELESS[node.op]
                 seed = f"{node.name}/seed"
