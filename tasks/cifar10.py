@@ -107,7 +107,7 @@ def distort(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
 
     Args:
       image: uint8 `[32, 32, 3]`.
-      seed: int64 `[2]`.
+      seed: Integer `[2]`.
 
     Returns:
       float32 `[24, 24, 3]`, in the units of the pixels, 0 to 255, but not within these bounds.

@@ -61,7 +61,7 @@ class ClientDataset:
         Args:
           directory: The directory.
           preprocess_fn: Maps a batch of stored examples (mapping from feature name to a tensor `[batch, ...]`) and, if
-            it has a second argument, a seed (int64 `[2]`, for random augmentation) to `(x, y)` or
+            it has a second argument, a seed (int32 `[2]`, for random augmentation) to `(x, y)` or
             `(x, y, sample_weight)`, or to a mapping with these names. x may be any nest of tensors. Runs in the graph:
             it is traced once, here, as a `tf.function`; variables that it uses keep the values that they have now.
 
@@ -244,7 +244,7 @@ class ClientDataset:
         Args:
           records: uint8 `[n, record_bytes]`.
           indices: Integer `[batch]`, the rows.
-          seed: int64 `[2]`, for random augmentation.
+          seed: Integer `[2]`, for random augmentation.
         """
         rows = tf.gather(records, indices)
         features = collections.OrderedDict()
@@ -257,7 +257,7 @@ class ClientDataset:
             elif spec.dtype != tf.uint8:
                 content = tf.bitcast(tf.reshape(content, [-1, *spec.shape, spec.dtype.size]), spec.dtype)
             features[name] = tf.reshape(content, [-1, *spec.shape])
-        seed = tf.cast(seed, tf.int64)
+        seed = tf.cast(seed, tf.int32)
         return self._preprocess(features, seed, seed=seed)
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
@@ -477,7 +477,7 @@ def _trace(preprocess_fn: PreprocessFn, element_spec: Mapping[str, tf.TensorSpec
     features = collections.OrderedDict(
         (name, tf.TensorSpec([None, *spec.shape], spec.dtype)) for name, spec in element_spec.items()
     )
-    return TracedFunction("preprocess_fn", preprocess, [features, tf.TensorSpec([2], tf.int64)])
+    return TracedFunction("preprocess_fn", preprocess, [features, tf.TensorSpec([2], tf.int32)])
 
 
 def _read_bytes(path: pathlib.Path, begin: tf.Tensor, length: int | tf.Tensor) -> tf.Tensor:
