@@ -17,7 +17,7 @@ from absl import flags
 from binaries.command_line import program, run_dirs
 from binaries.experiment import Experiment
 from binaries.experiment.record import SETTINGS
-from tff_fedavg import learning_curve
+from tff_fedavg import learning_curve, run_directory
 from tff_fedavg.learning_curve import Target
 from tff_fedavg.replacement import replacement
 
@@ -43,11 +43,13 @@ class _Run:
     Attributes:
       name: What tells its directory from the others.
       experiment: The experiment.
+      target: What it aimed at.
       metrics: The rows of metrics.csv.
     """
 
     name: str
     experiment: Experiment
+    target: Target
     metrics: list[dict[str, float]]
 
     def x(self, unit: str) -> np.ndarray | None:
@@ -92,21 +94,22 @@ def _read(paths: Sequence[pathlib.Path]) -> list[_Run]:
         metrics = learning_curve.read_metrics(path / "metrics.csv")
         if not metrics:
             raise ValueError(f"run_dir={path} has no metrics yet")
-        runs.append(_Run(str(path.relative_to(common)), experiment, metrics))
+        # Runs of the first version have not kept their target: it was an accuracy.
+        target = run_directory.read_config(path).get("target", {"value": experiment.target_accuracy})
+        runs.append(_Run(str(path.relative_to(common)), experiment, Target(**target), metrics))
     return runs
 
 
 def _target(runs: Sequence[_Run]) -> Target:
-    """Returns what the runs are compared by: the accuracy, or the loss where one has none.
+    """Returns what the runs are compared by: what all aimed at, or else the loss.
 
-    The value is the target accuracy, if all were given the same; else the best value that all of them have reached.
+    Where their values differ, or are none, the value is the best that all of them have reached.
     """
-    accuracy, loss = Target(None), Target(None, "loss", lower_is_better=True)
-    has_accuracy = all(accuracy.field in run.metrics[0] for run in runs)
-    target = accuracy if has_accuracy else loss
-    given = {run.experiment.target_accuracy for run in runs}
-    if has_accuracy and len(given) == 1 and not given & {None, 1.0}:  # 1 is for none.
-        return Target(given.pop())
+    metrics = {dataclasses.replace(run.target, value=None) for run in runs}
+    target = metrics.pop() if len(metrics) == 1 else Target(None, "loss", lower_is_better=True)
+    values = {run.target.value for run in runs}
+    if not metrics and len(values) == 1 and not values & {None, 1.0}:  # As an accuracy, 1 is for none.
+        return dataclasses.replace(target, value=values.pop())
     best = [target.best(run.curve(_ROUNDS, target)[1]) for run in runs]
     return dataclasses.replace(target, value=(max if target.lower_is_better else min)(best))
 

@@ -1,6 +1,7 @@
 """The program `binaries/compare.py`, on runs that are written by hand."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,16 +14,20 @@ from conftest import ROOT
 
 from binaries import compare
 from binaries.experiment import Experiment
+from tff_fedavg.learning_curve import Target
 
 FIELDS = ["round_num", "evaluation/accuracy", "evaluation/loss", "training_time_in_seconds", "bytes_up"]
 
 
-def record(run_dir, rows, fields=FIELDS, **settings):
-    """Leaves a run with these rows of metrics; what is None is an empty cell."""
+def record(run_dir, rows, fields=FIELDS, target=None, **settings):
+    """Leaves a run with these rows of metrics, of the first version without a target; None is an empty cell."""
     run_dir.mkdir(parents=True)
     with open(run_dir / "metrics.csv", "w", newline="") as file:
         csv.writer(file).writerows([fields, *rows])
-    (run_dir / "config.json").write_text(json.dumps({"settings": Experiment(**settings).to_json()}))
+    config = {"settings": Experiment(**settings).to_json()}
+    if target:
+        config["target"] = dataclasses.asdict(target)
+    (run_dir / "config.json").write_text(json.dumps(config))
     return run_dir
 
 
@@ -110,16 +115,31 @@ def test_target_is_the_runs_own_if_they_have_the_same(tmp_path, monkeypatch, cap
     assert [row[:4] for row in cells] == [[f"{name}/run", f"{i}", "1", "not reached"] for i, name in enumerate("ab")]
 
 
-def test_without_an_accuracy_it_is_the_loss_that_is_to_fall(tmp_path, monkeypatch, capsys):
-    fields = ["round_num", "evaluation/loss", "training_time_in_seconds"]
+@pytest.mark.parametrize("name", ["loss", "mean_absolute_error"])
+def test_an_error_that_all_aim_at_is_to_fall(tmp_path, monkeypatch, capsys, name):
+    fields = ["round_num", f"evaluation/{name}", "training_time_in_seconds"]
+    target = Target(None, name, lower_is_better=True)
     runs = [
-        record(tmp_path / f"{end}", [(0, 3.0, None), (1, end, 1.0)], fields, learning_rate=end) for end in (1.0, 2.0)
+        record(tmp_path / f"{end}", [(0, 3.0, None), (1, end, 1.0)], fields, target, learning_rate=end)
+        for end in (1.0, 2.0)
     ]
     axes = drawn(monkeypatch, *runs, "--x=rounds", f"--output_dir={tmp_path}/comparison")
     header, _, *cells = table(capsys.readouterr().out.splitlines())
-    assert (header[3], header[-1]) == ("rounds to loss 2", "best loss")
+    assert (header[3], header[-1]) == (f"rounds to {name} 2", f"best {name}")
     assert [(row[3], row[-1]) for row in cells] == [("0.5", "1.0000"), ("1.0", "2.0000")]
-    assert axes.get_ylabel() == "test loss"
+    assert axes.get_ylabel() == f"test {name}"
+
+
+def test_runs_with_several_aims_are_compared_by_their_loss(tmp_path, monkeypatch, capsys):
+    fields = ["round_num", "evaluation/loss", "evaluation/accuracy", "evaluation/mae"]
+    targets = Target(0.9), Target(0.5, "mae", lower_is_better=True)
+    runs = [
+        record(tmp_path / f"{i}", [(0, 3.0, 0.1, 2.0), (1, 1.0 + i, 0.5, 1.0)], fields, target, seed=i)
+        for i, target in enumerate(targets)
+    ]
+    drawn(monkeypatch, *runs, "--x=rounds", f"--output_dir={tmp_path}/comparison")
+    header, *_ = table(capsys.readouterr().out.splitlines())
+    assert (header[3], header[-1]) == ("rounds to loss 2", "best loss")
 
 
 @pytest.mark.parametrize(

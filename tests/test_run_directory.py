@@ -2,11 +2,12 @@ import json
 
 import pytest
 
+from tff_fedavg.learning_curve import Target
 from tff_fedavg.run_directory import RunDirectory
 
 
 def start(path, settings, checksums=None):
-    RunDirectory(path).start(settings, checksums or {})
+    RunDirectory(path).start(settings, checksums or {}, Target(0.9))
 
 
 def read_config(path):

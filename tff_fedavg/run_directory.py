@@ -1,5 +1,6 @@
 """The directory of one run: its configuration, metrics, saved states and pictures, and a lock against a second run."""
 
+import dataclasses
 import fcntl
 import importlib.metadata
 import json
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from tff_fedavg.learning_curve import Target
 from tff_fedavg.replacement import replacement
 
 _CONFIG_JSON = "config.json"
@@ -51,12 +53,13 @@ class RunDirectory:
             raise ValueError(f"run_dir={self.path} is in use by another run") from e
         read_config(self.path)  # Refuses a damaged one.
 
-    def start(self, settings: Mapping[str, Any], checksums: Mapping[str, str]) -> None:
+    def start(self, settings: Mapping[str, Any], checksums: Mapping[str, str], target: Target) -> None:
         """Writes config.json, when the data have turned out to be good: until then the directory holds no run.
 
         Args:
           settings: What the run depends on, as JSON values.
           checksums: SHA-256 of the data files, by file name.
+          target: What the run aims at.
 
         Raises:
           ValueError: If the directory holds a run on other data, or cannot be written.
@@ -65,6 +68,7 @@ class RunDirectory:
         versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
         config = {
             "settings": dict(settings),
+            "target": dataclasses.asdict(target),
             "data_checksums": dict(checksums),
             "versions": {"python": sys.version.split()[0], **versions},
         }
@@ -77,7 +81,7 @@ class RunDirectory:
 
 
 def read_config(run_dir: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Reads the configuration of a run: its "settings", "data_checksums" and "versions"; None if there is none.
+    """Reads the configuration of a run ("settings", "target", "data_checksums", "versions"); None if there is none.
 
     Raises:
       ValueError: If config.json is damaged.
