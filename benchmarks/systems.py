@@ -23,7 +23,7 @@ RoundFn = Callable[[], object]
 
 def tff_fedavg_round(task: Task, keras_model_fn: KerasModelFn, *, clients: int, batch_size: int) -> RoundFn:
     """This project's round, E = 1."""
-    model = tff.learning.models.functional_model_from_keras(keras_model_fn, task.loss, task.train.batch_spec)
+    model = tff_fedavg.functional_model_from_keras(keras_model_fn, task.loss, task.train.batch_spec)
     process = tff_fedavg.build_fed_avg(model, task.train, epochs=1, batch_size=batch_size, learning_rate=LEARNING_RATE)
     state = process.initialize()
     return lambda: process.next(state, list(range(clients)))
@@ -75,11 +75,14 @@ def bare_loop_round(
     """
     cores = len(os.sched_getaffinity(0))
     at_once, threads = (cores, 1) if client_per_core else (1, cores)
-    model = tff.learning.models.functional_model_from_keras(keras_model_fn, task.loss, task.train.batch_spec)
+    model = tff_fedavg.functional_model_from_keras(keras_model_fn, task.loss, task.train.batch_spec)
     offsets = np.concatenate([[0], np.cumsum(task.train.num_examples[:clients])])
     records = [task.train.gather(np.arange(*bounds)) for bounds in zip(offsets, offsets[1:])]
     with tf.Graph().as_default():
-        weights = [tf.compat.v1.placeholder(w.dtype, w.shape) for w in model.initial_weights[0]]
+        weights = tf.nest.map_structure(
+            lambda w: tf.compat.v1.placeholder(w.dtype, w.shape),
+            tff.learning.models.ModelWeights(*model.initial_weights),
+        )
         examples = tf.compat.v1.placeholder(tf.uint8, [None, task.train.record_bytes])
         client_id = tf.compat.v1.placeholder(tf.int32, [])
         new_weights, _ = client_update(
@@ -93,7 +96,8 @@ def bare_loop_round(
             seed=minibatch_seed(0, 0, client_id),
         )
         config = tf.compat.v1.ConfigProto(intra_op_parallelism_threads=threads, inter_op_parallelism_threads=threads)
-        update = tf.compat.v1.Session(config=config).make_callable(new_weights, [*weights, examples, client_id])
+        inputs = [*weights.trainable, examples, client_id]
+        update = tf.compat.v1.Session(config=config).make_callable(new_weights, inputs)
 
     def train(k):
         return update(*model.initial_weights[0], records[k], k)

@@ -5,9 +5,11 @@ import functools
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_federated as tff
 from numpy_model import max_difference
 
 from tff_fedavg import ClientDataset, build_fed_avg, build_fed_eval, build_fed_sgd, functional_model_from_keras
+from tff_fedavg.masked import MaskedCrossentropy
 
 RATE = 0.1
 SPARSE = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -377,3 +379,16 @@ def test_a_loss_may_use_what_is_outside_of_it(worker, arrays, dataset_of):
     found = evaluate(worker, model, loss, dataset, ())
     model.compile(loss=loss)
     assert found["loss"] == pytest.approx(model.evaluate(arrays["x"], arrays["label"], verbose=0), rel=1e-5)
+
+
+def test_the_loss_of_texts_is_the_mean_over_the_lines_of_what_is_trained_on(worker):
+    """A line's loss is a sum over its symbols, divided by the unroll: here 5; 9 is padding. f(w) of Figures 3 and 8."""
+    labels = np.array([[1, 2, 3, 4], [5, 9, 9, 9], [6, 7, 9, 9]])
+    dataset = ClientDataset.from_arrays([{"x": labels, "y": labels}])
+    model = tf.keras.Sequential(
+        [layers.InputLayer([4], dtype=tf.int64), layers.Embedding(10, 2), layers.Dense(10, kernel_initializer="zeros")]
+    )
+    functional = functional_model_from_keras(model, MaskedCrossentropy(9, 5), dataset.batch_spec)
+    weights = tff.learning.models.ModelWeights(*functional.initial_weights)
+    loss = build_fed_eval(functional, dataset, batch_size=2)(weights, [0])["loss"]
+    assert loss == pytest.approx(np.log(10) * (4 + 1 + 2) / 5 / 3, rel=1e-6)  # ln 10 a symbol.

@@ -12,10 +12,10 @@ import time
 import numpy as np
 import pytest
 
-from binaries.experiment import process, runner
+from binaries.experiment import runner
 from binaries.reproduction import execution, figure_1, plan
 from binaries.reproduction.published import Cell
-from tff_fedavg.masked import MaskedCrossentropy
+from tff_fedavg.learning_curve import Target
 from tff_fedavg.training import DivergedError, Progress
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -162,7 +162,7 @@ def fake_training(monkeypatch):
                     raise DivergedError("diverged")
                 accuracy = min(0.01 * t, 0.96)
                 writer.writerow([t, accuracy, 0.5])
-                observer.update(Progress(t, {"evaluation/accuracy": accuracy}, accuracy))
+                observer.update(Progress(t, {"evaluation/accuracy": accuracy}, Target(0.97), accuracy))
 
     monkeypatch.setattr(runner, "run", train)
     return train
@@ -201,16 +201,6 @@ def test_mixture_of_models_is_theirs_at_the_ends_and_linear_between():
     assert [a.tolist() for a in figure_1.mix(w, v, 0.25)] == [[2.5, -1.0], [[1.0]]]
     # "50 evenly spaced values in [-0.2, 1.2]".
     assert (len(figure_1.THETAS), figure_1.THETAS[0], figure_1.THETAS[-1]) == (50, -0.2, 1.2)
-
-
-def test_training_loss_is_the_mean_over_the_lines_of_what_is_trained_on():
-    """A line's loss is a sum over its symbols, divided by the unroll: here 5; 9 is padding."""
-    logits = np.zeros([3, 4, 10], np.float32)  # ln 10 a symbol.
-    labels = np.array([[1, 2, 3, 4], [5, 9, 9, 9], [6, 7, 9, 9]])
-    metric = process.objective(MaskedCrossentropy(9, 5))
-    metric.update_state(labels[:2], logits[:2])
-    metric.update_state(labels[2:], logits[2:])
-    assert metric.result().numpy() == pytest.approx(np.log(10) * (4 + 1 + 2) / 5 / 3, rel=1e-6)
 
 
 def reproduce(*flags, timeout=300):

@@ -208,8 +208,10 @@ def test_the_gradient_of_the_embeddings_has_rows_for_the_words_of_the_batch_only
     model = task.build_model(seed=0)
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         weights = [tf.compat.v1.placeholder(tf.float32, w.shape) for w in model.initial_weights[0]]
-        batch = task.train.batch(task.train.read(0), [0], NO_SEED)
-        _, (embeddings, *_) = client_update._loss_and_gradient(model, weights, batch)
+        model_weights = tff.learning.models.ModelWeights(weights, ())
+        seed = tf.zeros([2], tf.int64)
+        batch = task.train.batch(task.train.read(0), [0], seed)
+        _, (embeddings, *_) = client_update.loss_and_gradient(model, model_weights, batch, seed)
         assert isinstance(embeddings, tf.IndexedSlices)
         rows, indices = session.run(
             [embeddings.values, embeddings.indices], dict(zip(weights, model.initial_weights[0]))
