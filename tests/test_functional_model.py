@@ -334,6 +334,25 @@ def test_arguments_of_another_type_are_told(dataset_of, arguments, message):
         functional_model_from_keras(*arguments, dataset_of("x", "label").batch_spec)
 
 
+@pytest.mark.parametrize(
+    ("metrics", "error", "message"),
+    [
+        (["acuracy"], ValueError, "there is no metric 'acuracy' in Keras"),
+        ("accuracy", TypeError, "metrics is 'accuracy'; it must be a list"),
+        ([3], TypeError, "a metric is 3; it must be a Keras metric"),
+        (["mse", tf.keras.metrics.MeanSquaredError("mse")], ValueError, "several metrics have the same name"),
+    ],
+)
+def test_metrics_that_are_none_are_told(dataset_of, metrics, error, message):
+    with pytest.raises(error, match=message):
+        functional_model_from_keras(sequential, SPARSE, dataset_of("x", "label").batch_spec, metrics)
+
+
+def test_a_data_set_in_the_place_of_its_spec_is_told(dataset_of):
+    with pytest.raises(TypeError, match="input_spec is .*; it must be the batch_spec of a client dataset"):
+        functional_model_from_keras(sequential, SPARSE, dataset_of("x", "label"))
+
+
 def evaluate(worker, model, loss, dataset, metrics):
     functional = functional_model_from_keras(model, loss, dataset.batch_spec, metrics)
     process = build_fed_avg(functional, dataset, epochs=1, batch_size=5, learning_rate=RATE)

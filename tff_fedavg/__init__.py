@@ -3,19 +3,6 @@
 import importlib
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from tff_fedavg.centralized import CentralizedSGD as CentralizedSGD
-    from tff_fedavg.client_data import ClientDataset as ClientDataset
-    from tff_fedavg.evaluation import build_client_eval as build_client_eval
-    from tff_fedavg.evaluation import build_fed_eval as build_fed_eval
-    from tff_fedavg.export import keras_model as keras_model
-    from tff_fedavg.fed_avg import build_fed_avg as build_fed_avg
-    from tff_fedavg.fed_avg import build_fed_sgd as build_fed_sgd
-    from tff_fedavg.functional_model import functional_model_from_keras as functional_model_from_keras
-    from tff_fedavg.personalization import build_personalization_eval as build_personalization_eval
-    from tff_fedavg.runtime import local_worker as local_worker
-    from tff_fedavg.sampling import build_sampling_fn as build_sampling_fn
-
 _MODULES = {
     "CentralizedSGD": "centralized",
     "ClientDataset": "client_data",
@@ -32,12 +19,25 @@ _MODULES = {
 
 __all__ = list(_MODULES)
 
+if TYPE_CHECKING:
+    from tff_fedavg.centralized import CentralizedSGD as CentralizedSGD
+    from tff_fedavg.client_data import ClientDataset as ClientDataset
+    from tff_fedavg.evaluation import build_client_eval as build_client_eval
+    from tff_fedavg.evaluation import build_fed_eval as build_fed_eval
+    from tff_fedavg.export import keras_model as keras_model
+    from tff_fedavg.fed_avg import build_fed_avg as build_fed_avg
+    from tff_fedavg.fed_avg import build_fed_sgd as build_fed_sgd
+    from tff_fedavg.functional_model import functional_model_from_keras as functional_model_from_keras
+    from tff_fedavg.personalization import build_personalization_eval as build_personalization_eval
+    from tff_fedavg.runtime import local_worker as local_worker
+    from tff_fedavg.sampling import build_sampling_fn as build_sampling_fn
+else:
 
-def __getattr__(name: str):
-    """Imports TFF, which takes ten seconds, with the first name that needs it: to read results does not."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    def __getattr__(name: str):
+        """Imports TFF, which takes ten seconds, with the first name that needs it: to read results does not."""
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

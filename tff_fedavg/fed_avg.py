@@ -51,7 +51,8 @@ def build_fed_avg(
     pure function: the clients' minibatches depend on `seed`, the round that the state counts, and the client.
 
     Args:
-      model: The model, as `functional_model_from_keras` makes it.
+      model: The model, as `functional_model_from_keras` makes it. TFF's function of that name makes one too, without
+        the losses that layers add.
       client_dataset: The client files.
       epochs: E, the number of local epochs.
       batch_size: B, the local minibatch size; None is the paper's B = inf.

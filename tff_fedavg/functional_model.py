@@ -47,6 +47,10 @@ def functional_model_from_keras(
         keras_model = keras_model()
     if not isinstance(keras_model, tf.keras.Model):
         raise TypeError(f"keras_model is {keras_model!r}; it must be a tf.keras.Model or a function that returns one")
+    if not isinstance(input_spec, (tuple, list)) or not 2 <= len(input_spec) <= 3:
+        raise TypeError(f"input_spec is {input_spec!r}; it must be the batch_spec of a client dataset: (x, y)")
+    if not isinstance(metrics, (Mapping, tuple, list)):
+        raise TypeError(f"metrics is {metrics!r}; it must be a list of metrics, or a mapping from names to them")
     return KerasFunctionalModel(keras_model, loss, tuple(input_spec), metrics)
 
 
@@ -224,9 +228,13 @@ class _MeanLoss(tf.keras.metrics.Mean):
 
 def _constructor(metric: Metric, output_spec: Any, y_spec: Any) -> Callable[[], tf.keras.metrics.Metric]:
     if metric in ("accuracy", "acc"):
+        if not isinstance(output_spec, tf.TensorSpec):
+            raise ValueError(f"the metric {metric!r} is for a model with one output: give one for all of them")
         return functools.partial(_accuracy(output_spec, y_spec), name=metric)
     if isinstance(metric, str):
         found = tf.keras.metrics.get(metric)
+        if not callable(found):
+            raise ValueError(f"there is no metric {metric!r} in Keras")
         if not isinstance(found, tf.keras.metrics.Metric):
             return functools.partial(tf.keras.metrics.MeanMetricWrapper, found, name=metric)
         metric = found
