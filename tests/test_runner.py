@@ -100,6 +100,17 @@ def test_a_task_without_an_accuracy_runs_to_its_own_target(tmp_path):
     assert (tmp_path / "run" / "learning_curve.png").exists()
 
 
+def test_a_model_that_is_refused_leaves_no_run(tmp_path):
+    """So that the same directory takes the run of the model that is mended, with other settings too."""
+    refused = TASK_WITH_DROPOUT.replace("tf.keras.layers.Dropout(0.5)", "tf.keras.layers.BatchNormalization()")
+    path = tmp_path / "task.py"
+    path.write_text(refused)
+    with pytest.raises(ValueError, match="BatchNormalization"):
+        runner.run(Experiment(task=str(path), learning_rate=0.1, rounds=1), tmp_path / "run")
+    path.write_text(TASK_WITH_DROPOUT)
+    runner.run(Experiment(task=str(path), learning_rate=0.2, rounds=1), tmp_path / "run")
+
+
 def test_a_target_accuracy_is_refused_where_there_is_no_accuracy(tmp_path):
     experiment = Experiment(task=OWN_TASK, learning_rate=0.003, target_accuracy=0.5)
     with pytest.raises(ValueError, match="auto_mpg has no accuracy: its metrics are loss, mean_absolute_error"):

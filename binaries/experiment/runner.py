@@ -55,10 +55,11 @@ def run(
     with tff_fedavg.local_worker():
         task = experiment.build_task(data_dir, cache_dir)
         target = choose_target(experiment, task)
-        directory.start(experiment.to_json(), task.checksums, target)
         model = task.build_model(experiment.seed)
         evaluate = build_evaluate(experiment, task, model)
         process, training_selection_fn = build_process(experiment, task, model)
+        # Until here the model may be refused, and then there is no run.
+        directory.start(experiment.to_json(), task.checksums, target)
         try:
             training.train(
                 process,
