@@ -128,15 +128,16 @@ def _measure_rounds(task, settings):
 
     rounds, worker_of = {}, {}
     program_process = psutil.Process()
-    known = program_process.children()
+    known = program_process.children(recursive=True)
+    num_own = len(known)
     for name, (build, keras_model_fn) in builders.items():
         rounds[name] = build(task, keras_model_fn, **arguments)
         # To warm up. TFF starts a worker of its own with the first round; some caches are warm after the second only.
         rounds[name](), rounds[name]()
-        new = [child for child in program_process.children() if child not in known]
+        new = [child for child in program_process.children(recursive=True) if child not in known]
         known += new
         if not name.startswith("no TFF"):
-            worker_of[name] = new[0] if new else known[0]
+            worker_of[name] = next(child for child in new or known if child.name() == "worker_binary")
     seconds, cpu_seconds = collections.defaultdict(list), collections.defaultdict(list)
     for _ in range(settings.repeats):
         for name, run_round in rounds.items():
@@ -156,7 +157,7 @@ def _measure_rounds(task, settings):
         for name in rounds
     ]
     rows.append(Row(settings.task, "memory of the program", "", None, None, _peak_megabytes(program_process)))
-    for process in known[1:]:  # TFF's own workers would outlive the program.
+    for process in known[num_own:]:  # TFF's own workers would outlive the program.
         process.kill()
     return rows
 

@@ -1,4 +1,5 @@
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_fedavg import local_worker
+from tff_fedavg import local_worker, runtime
 
 PROGRAM = """
 import os, sys, threading, time
@@ -22,7 +23,7 @@ from test_runtime import build_busy_clients
 busy_clients = build_busy_clients()
 
 def worker():
-    return next(p for p in psutil.Process().children() if p.name() == "worker_binary")
+    return next(p for p in psutil.Process().children(recursive=True) if p.name() == "worker_binary")
 
 with local_worker():
     busy_clients([0.0])
@@ -101,8 +102,8 @@ def test_worker_that_keeps_dying_ends_the_computation_with_an_error():
 def keep_killing():
     while True:
         time.sleep(0.1)
-        for process in psutil.Process().children():
-            if time.time() - process.create_time() > 4:  # When it has started, and computes.
+        for process in psutil.Process().children(recursive=True):
+            if process.name() == "worker_binary" and time.time() - process.create_time() > 4:  # It computes.
                 process.kill()
 threading.Thread(target=keep_killing, daemon=True).start()
 try:
@@ -112,11 +113,40 @@ except RuntimeError as e:
 """
     )
     output, errors = program.communicate(timeout=90)
-    assert output.startswith("the TFF worker died 3 times, last with exit status -9"), errors
+    assert output == (
+        "the TFF worker died 3 times in one computation, last by signal SIGKILL (as when memory runs out)\n"
+    ), errors
 
 
-def test_one_worker_after_the_other_prints_nothing():
-    program = """
+def test_workers_that_die_in_different_computations_are_replaced_without_end():
+    program, _ = start(
+        """
+for _ in range(5):
+    worker().kill()
+    busy_clients([0.0])
+print("done", flush=True)
+"""
+    )
+    output, errors = program.communicate(timeout=60)
+    assert output == "done\n", errors
+
+
+def test_nobody_else_reaches_the_worker_and_nothing_is_left_in_its_directory():
+    """It has no port, and what it is reached by is gone from the file system when it is connected."""
+    program, worker = start("sys.stdin.readline()")
+    network = pathlib.Path(f"/proc/{worker.pid}/ns/net").readlink()
+    ports = [c for p in (worker, *worker.parents()[:2]) for c in p.connections(kind="inet") if c.status == "LISTEN"]
+    sockets = [c.laddr for p in (worker.parent(), psutil.Process(program.pid)) for c in p.connections(kind="unix")]
+    program.communicate("end\n", timeout=20)
+    assert network != pathlib.Path("/proc/self/ns/net").readlink()
+    assert ports == []
+    assert sockets and not [path for path in sockets if path and os.path.exists(path)]
+
+
+@pytest.mark.parametrize("confined", [True, False])
+def test_proxies_of_the_environment_are_not_for_this_machine(confined):
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy", "all_proxy"), "http://127.0.0.1:9")
+    program = f"""
 import tensorflow_federated as tff
 from tff_fedavg import local_worker
 
@@ -124,13 +154,110 @@ from tff_fedavg import local_worker
 def one():
     return 1
 
+with local_worker(confined={confined}):
+    print(one())
+"""
+    environment = {**os.environ, **proxies, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert (result.stdout, result.stderr) == ("1\n", "")
+
+
+def test_a_kernel_that_refuses_is_told_once_and_refused_if_confinement_is_asked_for():
+    program = """
+from tff_fedavg import local_worker
 for _ in range(2):
     with local_worker():
-        print(one())
+        print("started")
+try:
+    with local_worker(confined=True):
+        pass
+except RuntimeError as e:
+    print(e)
 """
+    # In a user namespace of its own root may forbid what the kernel of a container, or a hardened one, forbids.
+    command = 'echo 0 > /proc/sys/user/max_net_namespaces && exec "$0" -c "$1"'
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert (result.stdout, result.stderr) == ("1\n1\n", "")
+    arguments = ["unshare", "--user", "--map-root-user", "sh", "-c", command, sys.executable, program]
+    result = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=60)
+    reason = "No space left on device"  # What unshare says where the number of namespaces is at its limit.
+    assert result.stdout == f"started\nstarted\nthe TFF worker cannot be confined: {reason}\n", result.stderr
+    assert result.stderr.startswith(
+        f"the kernel does not let the TFF worker be confined ({reason}): it listens on a port"
+    )
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("confined", [True, False])
+def test_what_a_worker_says_that_does_not_start_is_in_the_error(tmp_path, monkeypatch, confined):
+    binary = tmp_path / "worker"
+    binary.write_text("#!/bin/sh\necho 'error while loading shared libraries: libm.so.6' >&2\nexit 127\n")
+    binary.chmod(0o755)
+    monkeypatch.setattr(runtime, "_BINARY", binary)
+    with pytest.raises(
+        RuntimeError, match="did not start: it ended with exit status 127: error while loading shared lib"
+    ):
+        with local_worker(confined=confined):
+            pass
+
+
+def test_a_worker_that_does_not_get_ready_is_given_up(tmp_path, monkeypatch):
+    binary = tmp_path / "worker"
+    binary.write_text("#!/bin/sh\necho waiting >&2\nexec sleep 60\n")
+    binary.chmod(0o755)
+    monkeypatch.setattr(runtime, "_BINARY", binary)
+    monkeypatch.setattr(runtime, "_SECONDS_TO_GET_READY", 1.0)
+    with pytest.raises(RuntimeError, match="the TFF worker did not get ready in 1 s: waiting"):
+        with local_worker():
+            pass
+    assert not [p for p in psutil.Process().children(recursive=True) if p.name() == "sleep"]
+
+
+def test_many_workers_in_one_program_leave_nothing_open():
+    program = """
+import psutil
+import tensorflow_federated as tff
+from tff_fedavg import local_worker
+
+@tff.tensorflow.computation
+def one():
+    return 1
+
+counts = []
+for _ in range(8):
+    with local_worker():
+        one()
+    process = psutil.Process()
+    counts.append((process.num_fds(), process.num_threads(), len(process.children())))
+print(counts)
+assert counts[-1] == counts[1], counts
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_program_that_is_killed_as_it_starts_a_worker_leaves_none():
+    program = """
+import os, signal, sys
+from tff_fedavg import runtime
+worker = runtime._Worker(None)
+worker._wait_for = lambda address: os.kill(os.getpid(), signal.SIGKILL)
+worker.connect()
+"""
+    environment = {**os.environ, "STARTED_BY": f"{os.getpid()} {time.monotonic_ns()}"}
+    for _ in range(3):
+        result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True)
+        assert result.returncode == -signal.SIGKILL
+    time.sleep(1)
+    assert not [p for p in psutil.process_iter() if is_started_with(p, environment)]
+
+
+def is_started_with(process, environment):
+    try:
+        return process.environ().get("STARTED_BY") == environment["STARTED_BY"]
+    except psutil.Error:  # It has ended, or is of another user.
+        return False
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
@@ -153,7 +280,7 @@ def test_worker_within_a_worker_leaves_the_outer_one_in_use(worker):
 
 
 def test_each_client_computes_in_one_thread(worker):
-    (process,) = (p for p in psutil.Process().children() if p.name() == "worker_binary")
+    (process,) = (p for p in psutil.Process().children(recursive=True) if p.name() == "worker_binary")
     assert process.environ()["TF_NUM_INTRAOP_THREADS"] == "1"
 
 

@@ -220,7 +220,7 @@ def test_run_that_is_interrupted_killed_and_resumed_ends_bit_equal(finished_run)
         deadline = time.monotonic() + 100
         while len(metrics(run_dir)) <= last_round and time.monotonic() < deadline:
             time.sleep(0.05)
-        workers = psutil.Process(program.pid).children()
+        workers = psutil.Process(program.pid).children(recursive=True)
         program.send_signal(signal_number)
         _, errors = program.communicate(timeout=5)
         assert program.returncode == status, errors
