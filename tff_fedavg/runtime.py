@@ -127,10 +127,10 @@ class _Worker:
         if self._closed:
             raise RuntimeError("the TFF worker was stopped")
         if self._process is None or self._process.poll() is not None or not self._stub.is_ready:
+            self._stop()
             if self.starts == _MAX_STARTS_PER_CALL:
                 raise RuntimeError(f"the TFF worker died {self.starts} times in one computation, last {self._end()}")
             self.starts += 1
-            self._stop()
             self._start()
         return self._stub
 
