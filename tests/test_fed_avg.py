@@ -6,6 +6,8 @@ from numpy_model import client_update, loss_and_gradient, max_difference
 from tff_reference import run_rounds_of_tff, split
 
 from tff_fedavg import ClientDataset, build_fed_avg, build_fed_eval, build_fed_sgd
+from tff_fedavg.client_data import write_client_dataset
+from tff_fedavg.runtime import ComputationError
 
 CLIENTS = [0, 1, 3, 4]  # 7, 1, 20 and 10 examples.
 
@@ -232,6 +234,27 @@ def test_clients_that_do_not_exist_are_refused_in_one_line(model, client_dataset
         ):
             with pytest.raises(error, match=message):
                 computation(None, client_ids)
+
+
+def test_an_error_of_a_client_is_one_line_with_the_client_and_its_files(worker, model, client_arrays, tmp_path):
+    """And the round can be run again from the same state when it is mended."""
+    arrays = [dict(client) for client in client_arrays]
+    arrays[3]["y"] = np.full(20, 7, np.uint8)
+    write_client_dataset(tmp_path, arrays)
+    dataset = ClientDataset(tmp_path, lambda example: (example["x"], tf.cast(example["y"], tf.int32)))
+    process = build_fed_sgd(model, dataset, learning_rate=0.5)
+    state = process.initialize()
+    with pytest.raises(ComputationError) as error:
+        process.next(state, CLIENTS)
+    label = "Received a label value of 7 which is outside the valid range of [0, 3)."
+    assert str(error.value).startswith(f"client 3 of {tmp_path}: {label}") and "\n" not in str(error.value)
+    process.next(state, [0, 1, 4])
+    fed_eval = build_fed_eval(model, dataset)
+    (tmp_path / "examples.bin").rename(tmp_path / "gone")
+    with pytest.raises(ComputationError, match=f"client 0 of {tmp_path}: .*examples.bin; No such file or directory"):
+        fed_eval(state.global_model_weights, [0, 1])
+    (tmp_path / "gone").rename(tmp_path / "examples.bin")
+    process.next(state, [0, 1, 4])
 
 
 def test_computations_are_those_of_tff_with_their_types(model, client_dataset):

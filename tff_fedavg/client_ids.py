@@ -5,6 +5,7 @@ from typing import Any
 import tensorflow_federated as tff
 
 from tff_fedavg.client_data import ClientDataset
+from tff_fedavg.runtime import ComputationError
 
 
 def for_clients_of(client_dataset: ClientDataset, computation: tff.Computation) -> tff.Computation:
@@ -13,6 +14,7 @@ def for_clients_of(client_dataset: ClientDataset, computation: tff.Computation) 
     Raises:
       TypeError: When it is called, if an id is no integer.
       ValueError: When it is called, if there is no such client, or none is given.
+      ComputationError: When it is called, if it fails on a client: with the client and its files.
     """
     return _ForClients(client_dataset, computation)
 
@@ -29,4 +31,17 @@ class _ForClients(tff.framework.ConcreteComputation):
     def __call__(self, server_value: Any, client_ids: Any) -> Any:
         if not isinstance(client_ids, tff.Value):  # As it is where another computation is made of this one.
             client_ids = self._client_dataset.check_client_ids(client_ids)
+            return self._call(server_value, client_ids)
         return super().__call__(server_value, client_ids)
+
+    def _call(self, server_value: Any, client_ids: list[int]) -> Any:
+        try:
+            return super().__call__(server_value, client_ids)
+        except ComputationError:
+            # Which client it was is not told: TFF computes for one like for all, so each is asked by itself.
+            for client_id in client_ids:
+                try:
+                    super().__call__(server_value, [client_id])
+                except ComputationError as e:
+                    raise ComputationError(f"client {client_id} of {self._client_dataset.directory}: {e}") from None
+            raise

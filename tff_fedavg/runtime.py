@@ -47,6 +47,10 @@ _CHANNEL_OPTIONS = [
 ]
 
 
+class ComputationError(RuntimeError):
+    """TensorFlow could not run a computation in the worker, such as for a label out of range or a missing file."""
+
+
 @contextlib.contextmanager
 def local_worker(*, confined: bool | None = None) -> Iterator[None]:
     """Starts a worker on this machine, which runs the computations of this thread within the `with` statement.
@@ -62,6 +66,7 @@ def local_worker(*, confined: bool | None = None) -> Iterator[None]:
     Raises:
       RuntimeError: If the worker does not start, or the kernel does not let it be confined where that is asked for.
         From a computation, if it died, and died again when the computation was repeated.
+      ComputationError: From a computation that TensorFlow could not run. The worker stays usable.
     """
     worker = _Worker(confined)
     context = _Context(worker)
@@ -101,7 +106,12 @@ class _Context(tff.framework.SyncContext):
 
     def invoke(self, comp: Any, arg: Any) -> Any:
         self._worker.starts = 0
-        return self._thread.submit(self._runner.run, self._context.invoke(comp, arg)).result()
+        try:
+            return self._thread.submit(self._runner.run, self._context.invoke(comp, arg)).result()
+        except grpc.RpcError as e:
+            # What follows is the names of nodes, and all of it once more.
+            message = e.details().splitlines()[0].removeprefix("Failed to run computation: ")
+            raise ComputationError(message) from None
 
     def close(self) -> None:
         self._thread.submit(self._runner.close).result()
