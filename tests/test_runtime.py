@@ -265,9 +265,12 @@ def is_started_with(process, environment):
 def test_clients_run_in_parallel_on_the_cores(worker):
     busy_clients = build_busy_clients()
     busy_clients([0.0, 0.0])
-    started = time.monotonic()
-    busy_clients([1.0, 1.0])
-    assert time.monotonic() - started < 1.8
+    seconds = []
+    for _ in range(3):  # The best of three, since other tests use the cores too.
+        started = time.monotonic()
+        busy_clients([1.0, 1.0])
+        seconds.append(time.monotonic() - started)
+    assert min(seconds) < 1.8
 
 
 def test_worker_within_a_worker_leaves_the_outer_one_in_use(worker):
