@@ -26,9 +26,13 @@ class WorkerProcess:
     Args:
       address: Where it listens: `unix:PATH`, for its owner only, or `HOST:PORT`.
       confined: Whether it gets a network namespace of its own, so that it cannot be reached in any other way.
+
+    Attributes:
+      confined: As it was given.
     """
 
     def __init__(self, address: str, *, confined: bool):
+        self.confined = confined
         self._oom_kills = _oom_kills()
         self._process = subprocess.Popen(
             [
@@ -38,7 +42,7 @@ class WorkerProcess:
             # Clients run in parallel already: more threads inside each of them cost 20 to 50 % of the speed.
             env={"TF_NUM_INTRAOP_THREADS": "1", **os.environ},
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
@@ -52,6 +56,13 @@ class WorkerProcess:
     def refused(self) -> bool:
         """Whether it has ended since the kernel does not let it be confined; `said` tells why."""
         return self.poll() == confined_worker.REFUSED
+
+    def listens(self) -> bool:
+        """Waits until it listens or has ended; returns whether it listens. To be asked once."""
+        if self._process.stdout.readline():
+            return True
+        self._process.wait()
+        return False
 
     def poll(self) -> int | None:
         """Returns its exit status, negative for a signal; None while it runs."""
@@ -78,6 +89,7 @@ class WorkerProcess:
         """Ends it."""
         self._process.kill()
         self._process.wait()
+        self._process.stdout.close()
         self._reader.join(_SECONDS_TO_READ)
 
     def _read_errors(self):
