@@ -1,6 +1,6 @@
-import getpass
 import os
 import pathlib
+import pwd
 import shutil
 import signal
 import socket
@@ -341,7 +341,7 @@ def ssh_server(directory):
     yield (
         *(programs["ssh"], "-F", "none", "-p", str(port), "-i", f"{directory}/user", "-o", "BatchMode=yes"),
         *("-o", f"UserKnownHostsFile={directory}/known_hosts", "-o", "ExitOnForwardFailure=yes"),
-        f"{getpass.getuser()}@127.0.0.1",
+        f"{pwd.getpwuid(os.getuid()).pw_name}@127.0.0.1",
     )
     server.kill()
     server.communicate()
