@@ -302,7 +302,7 @@ def script(tmp_path, monkeypatch):
 )
 def test_how_a_worker_ended_is_told(script, monkeypatch, oom_kills, text, how):
     monkeypatch.setattr(worker_process, "_oom_kills", iter(oom_kills).__next__)
-    process = script(f"echo one; echo two >&2; {text}")
+    process = script(f"echo one >&2; echo two >&2; {text}")
     assert not process.listens()
     assert not process.refused
     assert process.end() == how
@@ -310,6 +310,7 @@ def test_how_a_worker_ended_is_told(script, monkeypatch, oom_kills, text, how):
 
 def test_a_worker_that_cannot_be_ended_at_once_does_not_hold_up_the_program(script):
     process = script("setsid sh -c 'echo $$ >&2; exec sleep 60' & wait")
+    assert not process.listens(timeout=0.1)
     pid = int(wait_until(process.said))
     started = time.monotonic()
     process.kill()

@@ -8,7 +8,7 @@ root make one), whose only interface is its loopback. This process, in the same 
 ADDRESS, outside: unix:PATH, a socket that only its owner can connect to, or HOST:PORT, which protects nothing. With 0
 the worker stays outside, on a free port, and can be reached there too.
 
-It listens when the worker answers, and prints that then. It ends with the worker, and as that did; with PARENT, the
+It listens when the worker answers, and says so on stderr. It ends with the worker, and as that did; with PARENT, the
 process that starts it; with exit status 3 where the kernel refuses the namespaces, and 1 where ADDRESS cannot be had.
 The file of a unix socket that nobody listens at is replaced. It needs nothing but Python's own modules, and starts in
 some 20 ms.
@@ -26,6 +26,7 @@ import threading
 import time
 
 REFUSED = 3
+LISTENING = "listening"
 
 _CONFINED_PORT = 10000  # In a network namespace of its own it is free.
 _SECONDS_TO_LISTEN = 60.0
@@ -60,7 +61,6 @@ def main() -> None:
     worker = os.fork()
     if worker == 0:
         _end_with(this)
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         os.execv(binary, [binary, f"--port={port}", *worker_flags])
     threading.Thread(target=_serve, args=(server, address, port), daemon=True).start()
     _, status = os.waitpid(worker, 0)
@@ -131,7 +131,7 @@ def _serve(server: socket.socket, address: str, port: int) -> None:
         server.listen()  # Only now: who connects finds a worker that answers.
     except OSError as e:
         _fail(f"cannot listen at {address}: {e.strerror or e}")
-    print("listening", flush=True)
+    print(LISTENING, file=sys.stderr, flush=True)
     while True:
         driver, _ = server.accept()
         worker = _connect(port)

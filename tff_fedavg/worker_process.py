@@ -2,18 +2,21 @@
 
 import collections
 import importlib.util
+import math
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 from tff_fedavg import confined_worker
 
 BINARY = pathlib.Path(importlib.util.find_spec("tensorflow_federated").origin).parent / "data" / "worker_binary"
 
 _KEPT_LINES = 5
+_SECONDS_BETWEEN_LOOKS = 0.02
 # A worker that the kernel cannot end yet, since it waits for a disk or a network, holds its stderr open.
 _SECONDS_TO_READ = 1.0
 
@@ -42,12 +45,13 @@ class WorkerProcess:
             # Clients run in parallel already: more threads inside each of them cost 20 to 50 % of the speed.
             env={"TF_NUM_INTRAOP_THREADS": "1", **os.environ},
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
             start_new_session=True,  # Ctrl-C in the terminal is for the program, which then ends the worker.
         )
+        self._listening = threading.Event()
         self._last_lines = collections.deque(maxlen=_KEPT_LINES)
         self._reader = threading.Thread(target=self._read_errors, daemon=True)
         self._reader.start()
@@ -57,12 +61,12 @@ class WorkerProcess:
         """Whether it has ended since the kernel does not let it be confined; `said` tells why."""
         return self.poll() == confined_worker.REFUSED
 
-    def listens(self) -> bool:
-        """Waits until it listens or has ended; returns whether it listens. To be asked once."""
-        if self._process.stdout.readline():
-            return True
-        self._process.wait()
-        return False
+    def listens(self, timeout: float = math.inf) -> bool:
+        """Waits until it listens, has ended, or the seconds are over; returns whether it has begun to listen."""
+        until = time.monotonic() + timeout
+        while not self._listening.wait(_SECONDS_BETWEEN_LOOKS) and self.poll() is None and time.monotonic() < until:
+            pass
+        return self._listening.is_set()
 
     def poll(self) -> int | None:
         """Returns its exit status, negative for a signal; None while it runs."""
@@ -89,13 +93,15 @@ class WorkerProcess:
         """Ends it."""
         self._process.kill()
         self._process.wait()
-        self._process.stdout.close()
         self._reader.join(_SECONDS_TO_READ)
 
     def _read_errors(self):
         is_wanted = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "0") == "0"
         with self._process.stderr as stderr:
             for line in stderr:
+                if line.strip() == confined_worker.LISTENING:
+                    self._listening.set()
+                    continue
                 self._last_lines.append(line.strip())
                 if is_wanted:
                     sys.stderr.write(line)
