@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from binaries.command_line import program, saved_run
+from binaries.command_line import program, saved_run, worker_flags
 from binaries.experiment import Experiment
 from binaries.experiment.record import SETTINGS
 from tff_fedavg import saved_state
@@ -38,11 +38,13 @@ _LEARNING_RATE = flags.DEFINE_float("learning_rate", None, "eta of it; by defaul
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Where the files go; by default RUN_DIR/evaluation.")
 
 flags.adopt_module_key_flags(saved_run)
+flags.adopt_module_key_flags(worker_flags)
 
 
 def main() -> None:
     run_dir, experiment, round_number = saved_run.chosen()
     personalization = _personalization(experiment)
+    workers = worker_flags.chosen()
     output_dir = pathlib.Path(os.path.expanduser(_OUTPUT_DIR.value or f"{run_dir}/evaluation"))
     print(f"round {round_number} of {run_dir} (TensorFlow takes some seconds to start)", flush=True)
     # Last, since they import TensorFlow.
@@ -51,7 +53,7 @@ def main() -> None:
     from tff_fedavg.evaluation import for_all_clients
 
     weights = saved_state.load_weights(run_dir, round_number)
-    with tff_fedavg.local_worker():
+    with workers.start():
         task = saved_run.build_task(run_dir, experiment)
         target = choose_target(experiment, task)
         model = task.build_model(experiment.seed)

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 
 import tasks
-from binaries.command_line import data_flags, program
+from binaries.command_line import data_flags, program, worker_flags
 from binaries.reproduction import execution, figure_1, plan, pool
 
 _TABLE = flags.DEFINE_multi_integer(
@@ -48,6 +48,7 @@ _QUICK = flags.DEFINE_boolean(
 _RESULTS_DIR = flags.DEFINE_string("results_dir", None, "Where the results are; by default results.")
 
 flags.adopt_module_key_flags(data_flags)
+flags.adopt_module_key_flags(worker_flags)
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -61,6 +62,7 @@ def main() -> None:
 
         print(report.write(results_dir, shrunk=_QUICK.value))
         return
+    worker_flags.chosen()  # Refuses what is wrong, before anything is done.
     panels, grids = _selection()
     if _LIST.value:
         print("\n".join(_listing(panels, grids, results_dir)))
@@ -161,14 +163,14 @@ def _jobs(
     panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pathlib.Path
 ) -> Iterator[tuple[str, pool.Job]]:
     """Yields what is not done yet, by name; it may be running."""
-    directories = data_flags.directories()
+    common = {**data_flags.directories(), "workers": worker_flags.chosen()}
     data = "embedded" if _QUICK.value else None
     for panel in panels:
         if not figure_1.read(results_dir, panel):
-            yield figure_1.name(panel), functools.partial(figure_1.execute, panel, data, results_dir, **directories)
+            yield figure_1.name(panel), functools.partial(figure_1.execute, panel, data, results_dir, **common)
     for grid in grids:
         for run in grid.progress(results_dir)[1]:
-            yield run.name, functools.partial(execution.execute, run, results_dir, **directories)
+            yield run.name, functools.partial(execution.execute, run, results_dir, **common)
 
 
 def _task(name: str) -> str:

@@ -10,7 +10,7 @@ import os
 
 from absl import flags
 
-from binaries.command_line import data_flags, experiment_flags, program
+from binaries.command_line import data_flags, experiment_flags, program, worker_flags
 from binaries.experiment import Experiment
 from binaries.experiment.record import SETTINGS
 
@@ -23,10 +23,12 @@ _BEYOND_THE_PAPER = ("client_optimizer", "proximal_strength", "server_optimizer"
 experiment_flags.define()
 flags.adopt_module_key_flags(data_flags)
 flags.adopt_module_key_flags(experiment_flags)
+flags.adopt_module_key_flags(worker_flags)
 
 
 def main() -> None:
     experiment, run_dir = _experiment()
+    workers = worker_flags.chosen()
     print(_description(experiment, run_dir), flush=True)
     try:
         # Last, since they import TensorFlow.
@@ -34,7 +36,7 @@ def main() -> None:
         from binaries.experiment import runner
 
         with ProgressPrinter(run_dir, experiment.rounds) as printer:
-            print(runner.run(experiment, run_dir, **data_flags.directories(), observer=printer))
+            print(runner.run(experiment, run_dir, **data_flags.directories(), workers=workers, observer=printer))
     except KeyboardInterrupt as e:
         raise KeyboardInterrupt(f"interrupted; the same command goes on where {run_dir} stopped") from e
 

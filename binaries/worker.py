@@ -12,7 +12,6 @@ does not matter.
 import collections
 import os
 import pathlib
-import re
 import signal
 import sys
 import time
@@ -20,7 +19,7 @@ import time
 from absl import flags
 
 from binaries.command_line import program
-from tff_fedavg.worker_process import WorkerProcess
+from tff_fedavg.worker_process import WorkerProcess, check_address
 
 _MAX_DEATHS = 3
 _SECONDS_OF_DEATHS = 60.0
@@ -61,14 +60,10 @@ def _address() -> str:
         directory = pathlib.Path(os.environ.get("XDG_RUNTIME_DIR") or "~/.cache").expanduser() / "tff_fedavg"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         return f"unix:{directory}/worker.sock"
-    if match := re.fullmatch("unix:(.+)", _ADDRESS.value):
-        return f"unix:{os.path.abspath(os.path.expanduser(match[1]))}"
-    match = re.fullmatch(r"[^:/\s]+:(\d{1,5})", _ADDRESS.value)
-    if not match:
-        raise ValueError(f"--address={_ADDRESS.value}: it is no address; give unix:PATH or HOST:PORT")
-    if not 0 < int(match[1]) < 2**16:
-        raise ValueError(f"--address={_ADDRESS.value}: it is no port; give HOST:PORT with one from 1 to 65535")
-    return _ADDRESS.value
+    try:
+        return check_address(_ADDRESS.value)
+    except ValueError as e:
+        raise ValueError(f"--address={e}") from e
 
 
 def _start(address: str) -> WorkerProcess:

@@ -99,6 +99,7 @@ DEPENDENT = [
     ("zeroing", [2, "true"], dict(aggregator="robust")),
     ("clipping", [0, "false"], dict(aggregator="compressed")),
     ("noise_multiplier", [0, -1, math.nan], dict(aggregator="dp")),
+    ("clients_per_subround", [0, 1.5], dict(aggregator="robust")),
     ("delta", [0, 1.1], dict(aggregator="dp", noise_multiplier=1)),
     *(
         (f"{side}_{name}", [-0.1, 1.1, math.nan], {f"{side}_optimizer": optimizer})
@@ -125,7 +126,7 @@ def test_dependent_settings_have_a_range_too(name, value, others):
 
 @pytest.mark.parametrize(("name", "value", "others"), [(name, values[0], others) for name, values, others in DEPENDENT])
 def test_dependent_settings_need_another_one(name, value, others):
-    allowed = {"zeroing": True, "clipping": True, "decay_every": 1}.get(name, 0.5)
+    allowed = {"zeroing": True, "clipping": True, "decay_every": 1, "clients_per_subround": 9}.get(name, 0.5)
     with pytest.raises(ValueError, match=f"^--{name}={allowed} needs --{next(iter(others))}"):
         Experiment(**{name: allowed})
 
@@ -213,9 +214,9 @@ def test_config_json_that_this_version_does_not_take_is_refused_in_one_line(tmp_
     assert str(error.value).startswith(f"run_dir={tmp_path} {message}") and "\n" not in str(error.value)
 
 
-def test_run_goes_on_with_another_end_only():
-    held = Experiment(data="embedded", local_epochs=20, rounds=5)
-    changes = {"rounds": 9, "target_accuracy": 1.0, "eval_every": 3}
+def test_run_goes_on_with_another_end_or_in_other_subrounds_only():
+    held = Experiment(data="embedded", local_epochs=20, rounds=5, aggregator="robust")
+    changes = {"rounds": 9, "target_accuracy": 1.0, "eval_every": 3, "clients_per_subround": 20}
     assert held.go_on("run", changes) == dataclasses.replace(held, **changes)
     assert held.go_on("run", {"data": "embedded", "local_epochs": 20}) == held
     assert {name for name, setting in SETTINGS.items() if setting.may_differ} == changes.keys()

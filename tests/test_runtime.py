@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_fedavg import local_worker, runtime
+from tff_fedavg import local_worker, worker_process
+from tff_fedavg import worker as worker_module
 
 PROGRAM = """
 import os, sys, threading, time
@@ -113,9 +115,7 @@ except RuntimeError as e:
 """
     )
     output, errors = program.communicate(timeout=90)
-    assert output == (
-        "the TFF worker died 3 times in one computation, last by signal SIGKILL (as when memory runs out)\n"
-    ), errors
+    assert output == "the TFF worker was lost 3 times in one computation: last it ended by signal SIGKILL\n", errors
 
 
 def test_workers_that_die_in_different_computations_are_replaced_without_end():
@@ -129,6 +129,54 @@ print("done", flush=True)
     )
     output, errors = program.communicate(timeout=60)
     assert output == "done\n", errors
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Hung workers are noticed in seconds."""
+    monkeypatch.setattr(worker_module, "_SECONDS_BETWEEN_LOOKS", 0.5)
+    monkeypatch.setattr(worker_module, "_SECONDS_TO_ANSWER", 1.0)
+    monkeypatch.setattr(worker_module, "_SECONDS_IDLE", 2.0)
+    monkeypatch.setattr(worker_module, "_IDLE_SHARE", 0.1)  # Since it is asked so often.
+
+
+def own_worker():
+    """The process of the worker that was started last."""
+    workers = [p for p in psutil.Process().children(recursive=True) if p.name() == "worker_binary"]
+    return max(workers, key=psutil.Process.create_time)
+
+
+def test_a_worker_that_is_stopped_is_noticed_told_and_replaced(impatient, capfd):
+    busy_clients = build_busy_clients()
+    with local_worker():
+        busy_clients([0.0])
+        stopped = own_worker()
+        timer = threading.Timer(0.5, lambda: stopped.send_signal(signal.SIGSTOP))
+        timer.start()
+        assert busy_clients([2.0]) > 0
+        assert own_worker() != stopped
+        stopped.wait(timeout=5)
+    told = capfd.readouterr().err
+    assert told == "the TFF worker has not answered for 1 s: it is ended, and what it computed is computed again\n"
+
+
+def test_a_client_that_waits_for_its_files_ends_the_computation_and_not_one_that_computes(
+    impatient, monkeypatch, tmp_path, capfd
+):
+    monkeypatch.setattr(worker_module, "_IDLE_TIMES_LONGEST", 0.5)
+    path = tmp_path / "examples"
+    os.mkfifo(path)
+    read = tff.tensorflow.computation(lambda: tf.strings.length(tf.io.read_file(str(path))))
+    with local_worker():
+        assert build_busy_clients()([3.0]) > 0
+        with pytest.raises(
+            RuntimeError, match=r"lost 3 times in one computation: last it has computed nothing for \d s"
+        ):
+            read()
+        path.unlink()
+        path.write_text("abc")
+        assert read() == 3
+    assert capfd.readouterr().err.count("computed nothing for") == 3
 
 
 def test_nobody_else_reaches_the_worker_and_nothing_is_left_in_its_directory():
@@ -194,7 +242,7 @@ def test_what_a_worker_says_that_does_not_start_is_in_the_error(tmp_path, monkey
     binary = tmp_path / "worker"
     binary.write_text("#!/bin/sh\necho 'error while loading shared libraries: libm.so.6' >&2\nexit 127\n")
     binary.chmod(0o755)
-    monkeypatch.setattr(runtime, "_BINARY", binary)
+    monkeypatch.setattr(worker_process, "BINARY", binary)
     with pytest.raises(
         RuntimeError, match="did not start: it ended with exit status 127: error while loading shared lib"
     ):
@@ -206,8 +254,8 @@ def test_a_worker_that_does_not_get_ready_is_given_up(tmp_path, monkeypatch):
     binary = tmp_path / "worker"
     binary.write_text("#!/bin/sh\necho waiting >&2\nexec sleep 60\n")
     binary.chmod(0o755)
-    monkeypatch.setattr(runtime, "_BINARY", binary)
-    monkeypatch.setattr(runtime, "_SECONDS_TO_GET_READY", 1.0)
+    monkeypatch.setattr(worker_process, "BINARY", binary)
+    monkeypatch.setattr(worker_module, "_SECONDS_TO_GET_READY", 1.0)
     with pytest.raises(RuntimeError, match="the TFF worker did not get ready in 1 s: waiting"):
         with local_worker():
             pass
@@ -240,11 +288,11 @@ assert max(threads) <= threads[0] + 2, counts  # Of gRPC's own, one more or less
 
 def test_a_program_that_is_killed_as_it_starts_a_worker_leaves_none():
     program = """
-import os, signal, sys
-from tff_fedavg import runtime
-worker = runtime._Worker(None)
-worker._wait_for = lambda address: os.kill(os.getpid(), signal.SIGKILL)
-worker.connect()
+import os, signal
+from tff_fedavg.worker import LocalWorker
+worker = LocalWorker(None)
+worker._open_channel = lambda address: os.kill(os.getpid(), signal.SIGKILL)
+worker.start()
 """
     environment = {**os.environ, "STARTED_BY": f"{os.getpid()} {time.monotonic_ns()}"}
     for _ in range(3):

@@ -245,9 +245,9 @@ def test_what_is_no_socket_is_left_alone(directory):
 @pytest.mark.parametrize(
     ("address", "told"),
     [
-        ("somewhere", "--address=somewhere: it is no address; give unix:PATH or HOST:PORT"),
-        ("unix:", "--address=unix:: it is no address; give unix:PATH or HOST:PORT"),
-        (":7000", "--address=:7000: it is no address; give unix:PATH or HOST:PORT"),
+        ("somewhere", "--address=somewhere: it is no address of a worker; give unix:PATH or HOST:PORT"),
+        ("unix:", "--address=unix:: it is no address of a worker; give unix:PATH or HOST:PORT"),
+        (":7000", "--address=:7000: it is no address of a worker; give unix:PATH or HOST:PORT"),
         ("127.0.0.1:0", "--address=127.0.0.1:0: it is no port; give HOST:PORT with one from 1 to 65535"),
         ("127.0.0.1:65536", "--address=127.0.0.1:65536: it is no port; give HOST:PORT with one from 1 to 65535"),
         ("192.0.2.1:7000", "cannot listen at 192.0.2.1:7000: Cannot assign requested address"),

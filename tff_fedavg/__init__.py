@@ -15,6 +15,7 @@ _MODULES = {
     "functional_model_from_keras": "functional_model",
     "keras_model": "export",
     "local_worker": "runtime",
+    "remote_workers": "runtime",
 }
 
 __all__ = list(_MODULES)
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from tff_fedavg.functional_model import functional_model_from_keras as functional_model_from_keras
     from tff_fedavg.personalization import build_personalization_eval as build_personalization_eval
     from tff_fedavg.runtime import local_worker as local_worker
+    from tff_fedavg.runtime import remote_workers as remote_workers
     from tff_fedavg.sampling import build_sampling_fn as build_sampling_fn
 else:
 

@@ -17,10 +17,11 @@ def bytes_per_client(process: tff.learning.templates.LearningProcess) -> tuple[i
     """
     # Where TFF divides a round into what a client is sent, what it does, and what becomes of that.
     form = tff.backends.mapreduce.get_map_reduce_form_for_computation(process.next)
-    return _num_bytes(form.work.type_signature.result), _num_bytes(form.prepare.type_signature.result)
+    return num_bytes(form.work.type_signature.result), num_bytes(form.prepare.type_signature.result)
 
 
-def _num_bytes(type_spec: tff.Type) -> int:
+def num_bytes(type_spec: tff.Type) -> int:
+    """Returns the bytes of a value of a type; of a dimension that is open, those of one entry."""
     if isinstance(type_spec, tff.TensorType):
-        return math.prod(type_spec.shape) * np.dtype(type_spec.dtype).itemsize
-    return sum(map(_num_bytes, type_spec.children()))
+        return math.prod(size or 1 for size in type_spec.shape or ()) * np.dtype(type_spec.dtype).itemsize
+    return sum(map(num_bytes, type_spec.children()))

@@ -10,6 +10,10 @@ One round of both is
 The last line is the paper's w_{t+1} <- sum_{k in S_t} (n_k / m_t) w^k_{t+1}, written as a step of a server optimizer
 (SGD with rate 1), so that another optimizer can take its place. A client whose d_k or loss is not finite is left out of
 both sums, and counted.
+
+What TFF calls a client is, for the paper's average, a share of S_t: as many shares as there are cores, each of which
+runs its clients one after another and sends up the sums of n_k d_k and of n_k. So a round takes the memory of a few
+updates and not of all, and as long for each client whatever their number. Another aggregator gets each client's update.
 """
 
 import collections
@@ -62,8 +66,9 @@ def build_fed_avg(
       client_weighting: The weight of a client in the average: n_k, or 1 for each client of the round.
       server_optimizer: Applies the averaged update; by default SGD with rate 1, which is the paper's averaging. Others
         are FedAvgM, FedAdam, FedYogi and FedAdagrad (Reddi et al. 2021).
-      aggregator: Averages the updates; by default `tff.aggregators.MeanFactory`. An unweighted factory gives every
-        client of the round the same weight, also to one that is left out, whose update is 0.
+      aggregator: Averages the updates; by default it is the paper's average, as of `tff.aggregators.MeanFactory`. An
+        unweighted factory gives every client of the round the same weight, also to one that is left out, whose update
+        is 0.
       seed: Seeds the split of the clients' data into minibatches, their augmentation and the model's random layers.
 
     Returns:
@@ -169,8 +174,8 @@ def _build_learning_process(
 
     weights_type = initial_weights.type_signature.result
 
-    @tff.tensorflow.computation(weights_type, np.int32, np.int32)
     def client_work(weights, round_number, client_id):
+        """Returns d_k, its weight, and what is summed up for the metrics."""
         records = client_dataset.read(client_id)
         num_examples = tf.shape(records)[0]
         update, loss_sum = client_fn(
@@ -186,18 +191,36 @@ def _build_learning_process(
         update = tf.cond(is_finite, lambda: update, lambda: [tf.zeros_like(value) for value in update])
         num_examples = kept * tf.cast(num_examples, tf.int64)
         weight = num_examples if client_weighting is ClientWeighting.NUM_EXAMPLES else kept
-        result = tff.learning.templates.ClientResult(tuple(update), tf.cast(weight, tf.float32))
         sums = collections.OrderedDict(
             loss=tf.where(is_finite, loss_sum, 0.0), num_examples=num_examples, clients_left_out=1 - kept
         )
-        return result, sums
+        return tuple(update), tf.cast(weight, tf.float32), sums
 
-    @tff.tensorflow.computation(client_work.type_signature.result[1])
+    @tff.tensorflow.computation(weights_type, np.int32, tff.TensorType(np.int32, [None]))
+    def share_work(weights, round_number, client_ids):
+        """Returns the sums of what `client_work` returns for the clients of a share, with d_k times its weight."""
+
+        def add_client(i, sums):
+            update, weight, other = client_work(weights, round_number, client_ids[i])
+            added = tuple(weight * value for value in update), weight, other
+            return i + 1, tf.nest.map_structure(tf.add, sums, added)
+
+        no_sums = collections.OrderedDict(loss=0.0, num_examples=np.int64(0), clients_left_out=np.int64(0))
+        zero = tuple(tf.zeros_like(value) for value in weights.trainable), 0.0, no_sums
+        _, sums = tf.while_loop(lambda i, _: i < tf.size(client_ids), add_client, (0, zero), parallel_iterations=1)
+        return sums
+
+    if aggregator is None:
+        work, aggregation = share_work, _build_mean_of_shares(weights_type.trainable)
+    else:
+        work = tff.tensorflow.computation(client_work, weights_type, np.int32, np.int32)
+        aggregation = _build_aggregation(aggregator, weights_type.trainable)
+
+    @tff.tensorflow.computation(work.type_signature.result[2])
     def finalize_metrics(sums):
         loss = tf.math.divide_no_nan(sums["loss"], tf.cast(sums["num_examples"], tf.float32))
         return collections.OrderedDict(train=collections.OrderedDict(loss=loss, num_examples=sums["num_examples"]))
 
-    aggregation = _build_aggregation(aggregator, weights_type.trainable)
     server_optimizer = server_optimizer or tff.learning.optimizers.build_sgdm(1.0)
     finalizer = tff.learning.templates.build_apply_optimizer_finalizer(server_optimizer, weights_type)
 
@@ -218,14 +241,16 @@ def _build_learning_process(
         )
 
     # The state comes first: TFF's multi-worker runtime gives wrong sums when the last argument is on the server.
-    @tff.federated_computation(initialize.type_signature.result, tff.FederatedType(np.int32, tff.CLIENTS))
+    @tff.federated_computation(
+        initialize.type_signature.result, tff.FederatedType(work.type_signature.parameter[2], tff.CLIENTS)
+    )
     def next_round(state, client_ids):
         w_t = state.global_model_weights
         round_number = state.client_work
-        results, sums = tff.federated_map(
-            client_work, (tff.federated_broadcast(w_t), tff.federated_broadcast(round_number), client_ids)
+        update, weight, sums = tff.federated_map(
+            work, (tff.federated_broadcast(w_t), tff.federated_broadcast(round_number), client_ids)
         )
-        averaged = aggregation.next(state.aggregator, results.update, results.update_weight)
+        averaged = aggregation.next(state.aggregator, update, weight)
         finalized = finalizer.next(state.finalizer, w_t, averaged.result)
         new_state = tff.learning.templates.LearningAlgorithmState(
             global_model_weights=finalized.result,
@@ -268,11 +293,31 @@ class _LearningProcess(tff.learning.templates.LearningProcess):
         return self._checked_next
 
 
-def _build_aggregation(
-    aggregator: Factory | None, update_type: tff.types.StructType
-) -> tff.templates.AggregationProcess:
-    # Where no client has a weight the average is 0 / 0, and the finalizer leaves all as it is.
-    aggregator = aggregator or tff.aggregators.MeanFactory()
+def _build_mean_of_shares(update_type: tff.types.StructType) -> tff.templates.AggregationProcess:
+    """Builds the average of updates that come as weighted sums."""
+
+    @tff.tensorflow.computation(update_type, np.float32)
+    def divide(update_sum, weight_sum):
+        # Where no client has a weight it is 0 / 0, and the finalizer leaves all as it is.
+        return tf.nest.map_structure(lambda value: value / weight_sum, update_sum)
+
+    @tff.federated_computation
+    def initialize():
+        return tff.federated_value((), tff.SERVER)
+
+    @tff.federated_computation(
+        initialize.type_signature.result,
+        tff.FederatedType(update_type, tff.CLIENTS),
+        tff.FederatedType(np.float32, tff.CLIENTS),
+    )
+    def next_average(state, update, weight):
+        average = tff.federated_map(divide, (tff.federated_sum(update), tff.federated_sum(weight)))
+        return tff.templates.MeasuredProcessOutput(state, average, tff.federated_value((), tff.SERVER))
+
+    return tff.templates.AggregationProcess(initialize, next_average)
+
+
+def _build_aggregation(aggregator: Factory, update_type: tff.types.StructType) -> tff.templates.AggregationProcess:
     if isinstance(aggregator, tff.aggregators.UnweightedAggregationFactory):
         aggregator = tff.aggregators.as_weighted_aggregator(aggregator)
     if not isinstance(aggregator, tff.aggregators.WeightedAggregationFactory):

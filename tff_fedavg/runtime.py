@@ -1,58 +1,41 @@
-"""The TFF simulation runtime: a worker process that runs the federated computations, and its life and death.
+"""The TFF simulation runtime: workers run the federated computations, a large or shared one in subrounds.
 
-TFF's own local context starts the same worker, but leaves it running after SIGTERM, SIGKILL and often after a normal
-end, and lets every user of the machine have it run what they like. Here the kernel ends the worker with the program,
-however that ends, and nobody else reaches it: see `confined_worker.py`.
+TFF's own local context starts a worker too, but leaves it running after SIGTERM, SIGKILL and often after a normal end,
+and lets every user of the machine have it run what they like. Here the kernel ends the worker with the program, however
+that ends, and nobody else reaches it: see `confined_worker.py`.
 """
 
-import asyncio
 import atexit
-import collections
 import concurrent.futures
 import contextlib
+import dataclasses
+import itertools
 import os
 import pathlib
-import signal
-import subprocess
-import sys
-import tempfile
+import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grpc
-import portpicker
 import tensorflow_federated as tff
 
-from tff_fedavg import confined_worker
+from tff_fedavg import subrounds
+from tff_fedavg.worker import ComputationError, LocalWorker, RemoteWorker, Worker, WorkerLostError, tell
+from tff_fedavg.worker_process import check_address
 
-# Becomes the worker where it cannot be confined. Not a `preexec_fn`, which is not safe beside the threads of gRPC, and
-# makes that print warnings.
-_BECOME_WORKER = """
-import os, runpy, sys
-runpy.run_path(sys.argv[1])["end_with"](int(sys.argv[2]))
-os.execv(sys.argv[3], sys.argv[3:])
-"""
-_BINARY = pathlib.Path(tff.__file__).parent / "data" / "worker_binary"
-_MAX_STARTS_PER_CALL = 3
-_SECONDS_TO_GET_READY = 60.0
-_KEPT_LINES = 5
-_MAX_MESSAGE_BYTES = 2**31 - 1  # The largest that protocol buffers and the worker take.
-_CHANNEL_OPTIONS = [
-    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.client_idle_timeout_ms", _MAX_MESSAGE_BYTES),  # The largest number is for never.
-    ("grpc.enable_http_proxy", 0),  # Of http_proxy and the like, for which gRPC takes this machine for another one.
-]
+__all__ = ["ComputationError", "local_worker", "remote_workers"]
 
-
-class ComputationError(RuntimeError):
-    """TensorFlow could not run a computation in the worker, such as for a label out of range or a missing file."""
+_SECONDS_TO_REACH = 10.0
+_SECONDS_BETWEEN_TRIES = 0.5
+# Slow and fast workers even out where each gets several shares of a round, if those are not too small.
+_SUBROUNDS_PER_WORKER = 4
+_CLIENTS_PER_SHARE = 4
 
 
 @contextlib.contextmanager
-def local_worker(*, confined: bool | None = None) -> Iterator[None]:
+def local_worker(*, confined: bool | None = None, clients_per_subround: int | None = None) -> Iterator[None]:
     """Starts a worker on this machine, which runs the computations of this thread within the `with` statement.
 
     The worker runs as many clients at once as there are cores, each on one core. To be entered in the main thread: the
@@ -62,17 +45,80 @@ def local_worker(*, confined: bool | None = None) -> Iterator[None]:
       confined: Whether only the owner of this program can reach the worker. Otherwise it listens on a port, where other
         users of the machine can have it do in the owner's name what they like. By default it is confined where the
         kernel allows it, and a line on stderr says so where not.
+      clients_per_subround: How many TFF clients' results are in the worker's memory at once, of a computation that adds
+        them up. By default as many as take about a gigabyte.
 
     Raises:
       RuntimeError: If the worker does not start, or the kernel does not let it be confined where that is asked for.
-        From a computation, if it died, and died again when the computation was repeated.
+        From a computation, if it died or hung, and did so again when the computation was repeated.
       ComputationError: From a computation that TensorFlow could not run. The worker stays usable.
     """
-    worker = _Worker(confined)
-    context = _Context(worker)
-    # The worker ends first: what still runs in the context ends with it.
-    with contextlib.closing(context), contextlib.closing(worker):
-        worker.connect()
+    worker = LocalWorker(confined)
+    with contextlib.closing(worker):
+        worker.start()
+        with _run_in([worker], clients_per_subround, timeout=0.0):
+            yield
+
+
+@contextlib.contextmanager
+def remote_workers(
+    addresses: Sequence[str], *, timeout: float = 600.0, clients_per_subround: int | None = None
+) -> Iterator[None]:
+    """Has workers that run already do the computations of this thread within the `with` statement.
+
+    They share the clients of each computation. Whoever is lost, dead, hung or out of reach, is told, the others do its
+    part, and it is used again when it is back. The clients' files have to be at the same path on each machine.
+
+    Args:
+      addresses: Where `binaries.worker` says that they listen: `unix:PATH` or `HOST:PORT`.
+      timeout: Seconds after which a computation ends if no worker can be reached.
+      clients_per_subround: As for `local_worker`.
+
+    Raises:
+      ValueError: If an address is none, or one is given twice. From a computation, if a worker has other client files
+        than this program.
+      RuntimeError: If a worker cannot be reached. From a computation, if none could be for so long.
+      ComputationError: As from `local_worker`.
+    """
+    addresses = [check_address(address) for address in addresses]
+    if not addresses or len(set(addresses)) < len(addresses):
+        raise ValueError(f"addresses is {addresses}: give those of one or more workers, each once")
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(contextlib.closing(RemoteWorker(address))) for address in addresses]
+        until = time.monotonic() + _SECONDS_TO_REACH
+        for worker in workers:
+            while not worker.reach():
+                if time.monotonic() > until:
+                    raise RuntimeError(f"{worker.name} cannot be reached: start binaries.worker there, or leave it out")
+                time.sleep(0.05)
+        stack.enter_context(_run_in(workers, clients_per_subround, timeout))
+        yield
+
+
+def num_shares(num_clients: int) -> int:
+    """Returns into how many shares to divide the clients of a round, each for one core, of the runtime in use."""
+    context = tff.framework.get_context_stack().current
+    if isinstance(context, _Context):
+        return context.num_shares(num_clients)
+    return _num_shares(num_clients, len(os.sched_getaffinity(0)))
+
+
+def require_client_files(directory: pathlib.Path) -> None:
+    """Makes sure that all workers of the runtime in use have the same client files as this program.
+
+    Raises:
+      ValueError: If one has others, or none.
+    """
+    context = tff.framework.get_context_stack().current
+    if isinstance(context, _Context):
+        context.require_client_files(directory)
+
+
+@contextlib.contextmanager
+def _run_in(workers: Sequence[Worker], clients_per_subround: int | None, timeout: float) -> Iterator[None]:
+    if clients_per_subround is not None and clients_per_subround < 1:
+        raise ValueError(f"clients_per_subround is {clients_per_subround}; it must be at least 1")
+    with contextlib.closing(_Context(workers, clients_per_subround, timeout)) as context:
         with tff.framework.get_context_stack().install(context):
             yield
 
@@ -85,164 +131,142 @@ def _replace_default_context() -> None:
 
 
 class _Context(tff.framework.SyncContext):
-    """As `tff.framework.SyncExecutionContext`, which never closes its event loop, for a worker that may die."""
+    """Runs computations in workers, in subrounds where there are several workers or much to hold in memory."""
 
-    def __init__(self, worker: "_Worker"):
-        def executor_stack(cardinalities):
-            executor = tff.framework.RemoteExecutor(worker.connect())
-            executor.set_cardinalities({tff.CLIENTS: 0, **cardinalities})
-            return executor
-
-        self._worker = worker
-        self._context = tff.framework.AsyncExecutionContext(
-            tff.framework.ResourceManagingExecutorFactory(executor_stack),
-            compiler_fn=tff.backends.native.desugar_and_transform_to_native,
-            transform_args=tff.tensorflow.transform_args,
-            transform_result=tff.tensorflow.transform_result,
-        )
-        # In a thread of its own, since in a notebook the main thread has an event loop that runs already.
-        self._runner = asyncio.Runner()
-        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+    def __init__(self, workers: Sequence[Worker], clients_per_subround: int | None, timeout: float):
+        self._workers = workers
+        self._clients_per_subround = clients_per_subround
+        self._queue = _Queue(workers, timeout)
 
     def invoke(self, comp: Any, arg: Any) -> Any:
-        self._worker.starts = 0
-        try:
-            return self._thread.submit(self._runner.run, self._context.invoke(comp, arg)).result()
-        except grpc.RpcError as e:
-            # What follows is the names of nodes, and all of it once more.
-            message = e.details().splitlines()[0].removeprefix("Failed to run computation: ")
-            raise ComputationError(message) from None
+        number = self._num_subrounds(comp, arg) if subrounds.num_clients(comp, arg) else 1
+        if number == 1:
+            return self._queue.submit(comp, arg).result()
+        return subrounds.invoke(comp, arg, number, self._queue.submit)
+
+    def num_shares(self, num_clients: int) -> int:
+        cores = max(worker.cores for worker in self._workers)
+        if len(self._workers) == 1:
+            return _num_shares(num_clients, cores)
+        per_worker = num_clients // (_CLIENTS_PER_SHARE * len(self._workers) * cores)
+        per_worker = max(1, min(per_worker, _SUBROUNDS_PER_WORKER))
+        return min(num_clients, len(self._workers) * per_worker * cores)
+
+    def require_client_files(self, directory: pathlib.Path) -> None:
+        self._queue.require(directory / "manifest.json")
 
     def close(self) -> None:
-        self._thread.submit(self._runner.close).result()
-        self._thread.shutdown()
+        self._queue.close()
+
+    def _num_subrounds(self, comp: Any, arg: Any) -> int:
+        number, clients = 1, subrounds.num_clients(comp, arg)
+        if len(self._workers) > 1:
+            cores = max(worker.cores for worker in self._workers)
+            per_worker = clients // (cores * len(self._workers))
+            number = len(self._workers) * max(1, min(per_worker, _SUBROUNDS_PER_WORKER))
+        return min(clients, max(number, subrounds.num_for_memory(comp, arg, self._clients_per_subround)))
 
 
-class _Worker:
-    """The worker process, started again when it has died.
+def _num_shares(num_clients: int, cores: int) -> int:
+    # Powers of two, so that few numbers occur: the worker prepares anew for each.
+    return min(cores, 1 << (num_clients - 1).bit_length())
 
-    Attributes:
-      starts: How often it was started in the computation that runs.
-    """
 
-    def __init__(self, confined: bool | None):
-        self.starts = 0
-        self._confined = confined
-        self._process = self._channel = self._stub = self._reader = None
-        self._last_lines = collections.deque(maxlen=_KEPT_LINES)
-        self._closed = False
+@dataclasses.dataclass(order=True)
+class _Job:
+    rank: tuple[int, int]
+    comp: Any = dataclasses.field(compare=False)
+    arg: Any = dataclasses.field(compare=False)
+    result: concurrent.futures.Future = dataclasses.field(compare=False, default_factory=concurrent.futures.Future)
 
-    def connect(self) -> tff.framework.RemoteExecutorGrpcStub:
-        """Returns a stub for the running worker. TFF calls it again for the same computation when the worker died."""
-        if self._closed:
-            raise RuntimeError("the TFF worker was stopped")
-        if self._process is None or self._process.poll() is not None or not self._stub.is_ready:
-            self._stop()
-            if self.starts == _MAX_STARTS_PER_CALL:
-                raise RuntimeError(f"the TFF worker died {self.starts} times in one computation, last {self._end()}")
-            self.starts += 1
-            self._start()
-        return self._stub
+
+_END = _Job((-1, 0), None, None)
+
+
+class _Queue:
+    """Computations wait here for the first worker that is free."""
+
+    def __init__(self, workers: Sequence[Worker], timeout: float):
+        self._workers = workers
+        self._timeout = timeout
+        self._jobs = queue.PriorityQueue()
+        self._counter = itertools.count()
+        self._lost = {}  # When each worker that is lost was lost.
+        self._required = {}  # The text of each file that all workers must have, by its path.
+        self._closed = threading.Event()
+        self._threads = [threading.Thread(target=self._serve, args=(worker,), daemon=True) for worker in workers]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, comp: Any, arg: Any, *, urgent: bool = False) -> concurrent.futures.Future:
+        """Has a worker compute, an urgent computation before the others. Returns the result to come."""
+        job = _Job((not urgent, next(self._counter)), comp, arg)
+        self._jobs.put(job)
+        return job.result
+
+    def require(self, path: pathlib.Path) -> None:
+        """Makes sure that a text file is the same for all workers, now and when one comes back."""
+        if path in self._required or isinstance(self._workers[0], LocalWorker):
+            return
+        self._required[path] = path.read_text()
+        for worker in self._workers:
+            if worker not in self._lost and (reason := self._lacks(worker)):
+                del self._required[path]
+                raise ValueError(f"{worker.name} {reason}")
 
     def close(self) -> None:
-        self._closed = True
-        self._stop()
+        self._closed.set()
+        for worker in self._workers:
+            worker.close()
+            self._jobs.put(_END)
+        for thread in self._threads:
+            thread.join()
 
-    def _start(self):
-        if self._confined is not False:
+    def _serve(self, worker: Worker) -> None:
+        while (job := self._jobs.get()) is not _END:
             try:
-                self._start_confined()
-                return
-            except _RefusedError as e:
-                if self._confined:
-                    raise RuntimeError(f"the TFF worker cannot be confined: {e}") from e
-                _warn_once(str(e))
-                self._confined = False
-        port = portpicker.pick_unused_port()
-        self._run("-c", _BECOME_WORKER, confined_worker.__file__, str(os.getpid()), _BINARY, f"--port={port}")
-        self._wait_for(f"localhost:{port}")
+                job.result.set_result(worker.compute(job.comp, job.arg))
+            except WorkerLostError as e:
+                self._jobs.put(job)
+                if not self._wait_until_back(worker, str(e)):
+                    return
+            except Exception as e:
+                job.result.set_exception(e)
 
-    def _start_confined(self):
-        with tempfile.TemporaryDirectory(prefix="tff_fedavg-") as directory:  # Only its owner can enter it.
-            path = os.path.join(directory, "socket")
-            self._run(confined_worker.__file__, str(os.getpid()), path, _BINARY)
-            # The name of the socket goes now, and is not left behind however the program ends.
-            self._wait_for(f"unix:{path}")
+    def _wait_until_back(self, worker: Worker, reason: str) -> bool:
+        """Waits for a lost worker; returns whether it is back. Fails what waits when all are gone for too long."""
+        tell(f"{worker.name} {reason}: others do its part, and it is used again when it is back")
+        self._lost[worker] = time.monotonic()
+        told = ""
+        while not self._closed.wait(_SECONDS_BETWEEN_TRIES):
+            if worker.reach():
+                lacks = self._lacks(worker)
+                if not lacks:
+                    del self._lost[worker]
+                    tell(f"{worker.name} is back")
+                    return True
+                if lacks != told:
+                    told = lacks
+                    tell(f"{worker.name} {lacks}: it is not used")
+            if len(self._lost) == len(self._workers):
+                self._fail_what_waits(max(self._lost.values()))
+        return False
 
-    def _run(self, *program):
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-I", "-S", *program),
-                f"--max_concurrent_computation_calls={len(os.sched_getaffinity(0))}",
-            ],
-            # Clients run in parallel already: more threads inside each of them cost 20 to 50 % of the speed.
-            env={"TF_NUM_INTRAOP_THREADS": "1", **os.environ},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # Ctrl-C in the terminal is for the program, which then ends the worker.
-        )
-        self._last_lines.clear()
-        self._reader = threading.Thread(target=self._read_errors, args=(self._process.stderr,), daemon=True)
-        self._reader.start()
+    def _fail_what_waits(self, all_lost_at: float) -> None:
+        if time.monotonic() - all_lost_at < self._timeout:
+            return
+        with contextlib.suppress(queue.Empty):
+            while True:
+                job = self._jobs.get_nowait()
+                job.result.set_exception(RuntimeError(f"no worker could be reached for {self._timeout:g} s"))
 
-    def _read_errors(self, stderr):
-        is_wanted = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "0") == "0"
-        with stderr:
-            for line in stderr:
-                self._last_lines.append(line.strip())
-                if is_wanted:
-                    sys.stderr.write(line)
-
-    def _wait_for(self, address):
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
-        self._stub = tff.framework.RemoteExecutorGrpcStub(self._channel)
-        until = time.monotonic() + _SECONDS_TO_GET_READY
-        while not self._stub.is_ready:
-            if (status := self._process.poll()) is not None:
-                self._reader.join()
-                if status == confined_worker.REFUSED:
-                    raise _RefusedError(" ".join(self._last_lines))
-                raise RuntimeError(f"the TFF worker did not start: it ended {self._end()}")
-            if time.monotonic() > until:
-                raise RuntimeError(f"the TFF worker did not get ready in {_SECONDS_TO_GET_READY:g} s{self._said()}")
-            time.sleep(0.02)
-
-    def _stop(self):
-        if self._channel is not None:
-            self._channel.close()
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._reader.join()
-
-    def _end(self):
-        """Returns how the worker ended, and what it said last."""
-        self._reader.join()
-        status = self._process.returncode
-        how = f"by signal {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
-        memory = " (as when memory runs out)" if status == -signal.SIGKILL else ""
-        return how + memory + self._said()
-
-    def _said(self):
-        return f": {' | '.join(self._last_lines)}" if self._last_lines else ""
-
-
-class _RefusedError(Exception):
-    """The kernel refuses the namespaces."""
-
-
-def _warn_once(reason: str) -> None:
-    global _has_warned
-    if not _has_warned:
-        _has_warned = True
-        print(
-            f"the kernel does not let the TFF worker be confined ({reason}): it listens on a port, which other users "
-            "of this machine can reach",
-            file=sys.stderr,
-        )
-
-
-_has_warned = False
+    def _lacks(self, worker: Worker) -> str:
+        """Returns which of the required files the worker has not, in words; empty if it has them all."""
+        for path, text in self._required.items():
+            try:
+                found = worker.read_text(path)
+            except grpc.RpcError:
+                return f"has no client files in {path.parent}: copy them there"
+            if found.splitlines() != text.splitlines():
+                return f"has other client files in {path.parent} than this program: copy them there"
+        return ""

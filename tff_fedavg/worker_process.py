@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,22 @@ _KEPT_LINES = 5
 _SECONDS_BETWEEN_LOOKS = 0.02
 # A worker that the kernel cannot end yet, since it waits for a disk or a network, holds its stderr open.
 _SECONDS_TO_READ = 1.0
+
+
+def check_address(address: str) -> str:
+    """Returns an address at which a worker can listen, with the whole path of a unix socket.
+
+    Raises:
+      ValueError: If it is neither `unix:PATH` nor `HOST:PORT`.
+    """
+    if match := re.fullmatch("unix:(.+)", address):
+        return f"unix:{os.path.abspath(os.path.expanduser(match[1]))}"
+    match = re.fullmatch(r"[^:/\s]+:(\d{1,5})", address)
+    if not match:
+        raise ValueError(f"{address}: it is no address of a worker; give unix:PATH or HOST:PORT")
+    if not 0 < int(match[1]) < 2**16:
+        raise ValueError(f"{address}: it is no port; give HOST:PORT with one from 1 to 65535")
+    return address
 
 
 class WorkerProcess:

@@ -204,6 +204,13 @@ class Experiment:
         above=True,
         needs=("aggregator", "dp"),
     )
+    clients_per_subround: int | None = field(
+        "How many clients' updates the worker has in memory at once, which is not needed for the mean; by default as "
+        "many as take about a gigabyte.",
+        takes=(1, _INT32_MAX),
+        needs=("aggregator", *_ROBUST, "dp"),
+        may_differ=True,
+    )
     rounds: int = field(
         "Communication rounds at most; by default 100, for sgd 10,000.",
         {"fedavg": 100, "fedsgd": 100, "sgd": 10_000},

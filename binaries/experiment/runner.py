@@ -10,6 +10,7 @@ from binaries.experiment import aggregators
 from binaries.experiment.observer import Observer
 from binaries.experiment.process import build_evaluate, build_process, choose_target
 from binaries.experiment.record import Experiment
+from binaries.experiment.workers import Workers
 from tasks.task import Task
 from tff_fedavg import learning_curve, training
 from tff_fedavg.communication import bytes_per_client
@@ -28,6 +29,7 @@ def run(
     *,
     data_dir: str | os.PathLike[str] = tasks.DATA_DIR,
     cache_dir: str | os.PathLike[str] = tasks.CACHE_DIR,
+    workers: Workers | None = None,
     observer: Observer | None = None,
 ) -> str:
     """Runs an experiment.
@@ -37,6 +39,7 @@ def run(
       run_dir: Where the run is kept. When the directory holds a run of the same experiment, that one goes on.
       data_dir: As for `tasks.build_task`.
       cache_dir: As for `tasks.build_task`.
+      workers: What runs the computations; by default a worker that is started for it.
       observer: Is told of the start and of every round.
 
     Returns:
@@ -52,7 +55,7 @@ def run(
     directory = RunDirectory(run_dir)
     if held := Experiment.read(run_dir):
         held.go_on(run_dir, experiment.to_json())  # Refuses another experiment.
-    with tff_fedavg.local_worker():
+    with (workers or Workers()).start(experiment.clients_per_subround):
         task = experiment.build_task(data_dir, cache_dir)
         target = choose_target(experiment, task)
         model = task.build_model(experiment.seed)

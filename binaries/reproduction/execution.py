@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from binaries.command_line.program import first_line
 from binaries.experiment.observer import Observer
+from binaries.experiment.workers import Workers
 from binaries.reproduction.plan import SLOWER, Run, read_outcome
 from tff_fedavg import learning_curve
 from tff_fedavg.replacement import replacement
@@ -17,7 +18,15 @@ class _GivenUpError(Exception):
     """Another rate of the grid is better."""
 
 
-def execute(run: Run, results_dir: pathlib.Path, say: Callable[[str], None], *, data_dir: str, cache_dir: str) -> str:
+def execute(
+    run: Run,
+    results_dir: pathlib.Path,
+    say: Callable[[str], None],
+    *,
+    data_dir: str,
+    cache_dir: str,
+    workers: Workers,
+) -> str:
     """Runs what is missing of a run.
 
     Args:
@@ -26,6 +35,7 @@ def execute(run: Run, results_dir: pathlib.Path, say: Callable[[str], None], *, 
       say: Takes a line of progress.
       data_dir: As the flag of `binaries.command_line.data_flags`.
       cache_dir: As that flag.
+      workers: As for `binaries.experiment.runner.run`.
 
     Returns:
       What came of it, in a line.
@@ -41,7 +51,8 @@ def execute(run: Run, results_dir: pathlib.Path, say: Callable[[str], None], *, 
     observer = _Observer(run, directory, say)
     ended = None
     try:
-        runner.run(run.experiment, directory, data_dir=data_dir, cache_dir=cache_dir, observer=observer)
+        directories = {"data_dir": data_dir, "cache_dir": cache_dir}
+        runner.run(run.experiment, directory, **directories, workers=workers, observer=observer)
     except training.DivergedError:
         ended = "diverged"
     except _GivenUpError:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from binaries.experiment.workers import Workers
 from tff_fedavg.replacement import replacement
 
 # The seeds of w_0 for the two parents, by panel.
@@ -46,6 +47,7 @@ def execute(
     *,
     data_dir: str,
     cache_dir: str,
+    workers: Workers,
 ) -> str:
     """Trains the parents of a panel, and writes the losses of their mixtures to losses.csv.
 
@@ -56,6 +58,7 @@ def execute(
       say: Takes a line of progress.
       data_dir: As the flag of `binaries.command_line.data_flags`.
       cache_dir: As that flag.
+      workers: As for `binaries.experiment.runner.run`.
 
     Returns:
       What came of it, in a line.
@@ -69,7 +72,7 @@ def execute(
     import tasks
     import tff_fedavg
 
-    with tff_fedavg.local_worker():
+    with workers.start():
         task = tasks.build_task("mnist_2nn", data=data, data_dir=data_dir, cache_dir=cache_dir, partition="iid")
         parents = []
         for client, seed in enumerate(PANELS[panel]):

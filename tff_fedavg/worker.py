@@ -1,0 +1,344 @@
+"""A TFF worker as this program sees it: it is sent computations, and it is noticed when it dies or hangs."""
+
+import asyncio
+import collections
+import concurrent.futures
+import functools
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_fedavg.worker_process import WorkerProcess
+
+_MAX_LOSSES_PER_COMPUTATION = 3
+_SECONDS_TO_GET_READY = 60.0
+_SECONDS_BETWEEN_LOOKS = 10.0
+_SECONDS_TO_ANSWER = 20.0
+# Without computing anything, which a client may do that waits for its files; longer where computations take long.
+_SECONDS_IDLE = 60.0
+_IDLE_TIMES_LONGEST = 3.0
+_IDLE_SHARE = 0.01  # Of a core. What is left is the worker's answers to the question how much it has computed.
+# TFF's executors for so many different numbers of clients are kept; a new one takes some 50 ms of a 2NN's round.
+_EXECUTORS_KEPT = 10
+_CARDINALITY_OF_READS = 1_000_003  # Of no computation: what it is for has threads of its own in the worker.
+_MAX_MESSAGE_BYTES = 2**31 - 1  # The largest that protocol buffers and the worker take.
+_CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.client_idle_timeout_ms", _MAX_MESSAGE_BYTES),  # The largest number is for never.
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.enable_http_proxy", 0),  # Of http_proxy and the like, for which gRPC takes this machine for another one.
+]
+
+
+class ComputationError(RuntimeError):
+    """TensorFlow could not run a computation in the worker, such as for a label out of range or a missing file."""
+
+
+class WorkerLostError(Exception):
+    """A worker died, hangs or cannot be reached. What it was to compute is lost, and can be computed by another."""
+
+
+class Worker:
+    """What workers have in common.
+
+    Attributes:
+      name: What it is called in what the user is told.
+      cores: How many clients it runs at once.
+    """
+
+    name: str
+    cores: int
+
+    def __init__(self):
+        self._channel = self._stub = self._reading_stub = None
+        self._longest = 0.0
+        self._is_closed = False
+        self._context = tff.framework.AsyncExecutionContext(
+            _ExecutorFactory(self._connect),
+            compiler_fn=_compile,
+            transform_args=tff.tensorflow.transform_args,
+            transform_result=tff.tensorflow.transform_result,
+        )
+        # A thread of its own: TFF's stub blocks the event loop, and in a notebook one runs in the main thread already.
+        self._runner = asyncio.Runner()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+
+    def compute(self, comp: tff.Computation, arg: Any) -> Any:
+        """Runs a computation.
+
+        Raises:
+          ComputationError: If TensorFlow could not run it. The worker stays usable.
+          WorkerLostError: If the worker died, hung or could not be reached.
+          RuntimeError: If the worker is one of this program, and died or hung again and again.
+        """
+        started_at = computed_at = time.monotonic()
+        computed = None
+        future = self._thread.submit(self._runner.run, self._context.invoke(comp, arg))
+        while concurrent.futures.wait([future], _SECONDS_BETWEEN_LOOKS).not_done:
+            try:
+                seconds, now = self._computed_seconds(), time.monotonic()
+            except grpc.RpcError:
+                self._end_hung(f"has not answered for {_SECONDS_TO_ANSWER:g} s")
+                computed, computed_at = None, time.monotonic()
+                continue
+            idle_limit = max(_SECONDS_IDLE, _IDLE_TIMES_LONGEST * self._longest)
+            if computed is None or not 0 <= seconds - computed < _IDLE_SHARE * (now - computed_at):
+                computed, computed_at = seconds, now
+            elif now - computed_at > idle_limit:
+                waits = "has computed nothing for {:.0f} s, as when a client waits for its files"
+                self._end_hung(waits.format(now - computed_at))
+                computed, computed_at = None, now
+        self._longest = max(self._longest, time.monotonic() - started_at)
+        try:
+            return future.result()
+        except grpc.RpcError as e:
+            # What follows is the names of nodes, and all of it once more.
+            message = e.details().splitlines()[0].removeprefix("Failed to run computation: ")
+            raise ComputationError(message) from None
+
+    def read_text(self, path: str | os.PathLike[str]) -> str:
+        """Reads a text file where the worker runs.
+
+        Raises:
+          grpc.RpcError: If there is none, or the worker does not answer.
+        """
+        return asyncio.run(_read(self._reading_stub, os.fspath(path)))
+
+    def close(self) -> None:
+        """Ends what this program has of it. What still computes ends with an error."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._disconnect()
+        self._thread.submit(self._runner.close).result()
+        self._thread.shutdown()
+
+    def _connect(self) -> tff.framework.RemoteExecutorGrpcStub:
+        """Returns a stub for the worker. TFF calls it again for the same computation when the worker was lost."""
+        raise NotImplementedError
+
+    def _end_hung(self, how: str) -> None:
+        """Ends the computation that runs, since the worker hangs; tells the user how."""
+        raise NotImplementedError
+
+    def _open_channel(self, target: str) -> None:
+        self._channel = grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        self._stub = tff.framework.RemoteExecutorGrpcStub(self._channel)
+        self._reading_stub = tff.framework.RemoteExecutorGrpcStub(grpc.intercept_channel(self._channel, _Deadline()))
+
+    def _disconnect(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+
+    def _computed_seconds(self) -> float:
+        """Returns the processor time that the worker has taken."""
+        fields = self.read_text("/proc/self/stat").rpartition(")")[2].split()
+        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")  # utime and stime; see man 5 proc.
+
+
+class LocalWorker(Worker):
+    """A worker that this program starts, and starts again when it has died or hung."""
+
+    name = "the TFF worker"
+
+    def __init__(self, confined: bool | None):
+        super().__init__()
+        self.cores = len(os.sched_getaffinity(0))
+        self._confined = confined
+        self._process = None
+        self._losses = 0
+        self._hung = ""
+
+    def start(self) -> None:
+        """Starts it.
+
+        Raises:
+          RuntimeError: If it does not start, or the kernel does not let it be confined where that is asked for.
+        """
+        self._connect()
+
+    def compute(self, comp, arg):
+        self._losses = 0
+        return super().compute(comp, arg)
+
+    def _connect(self):
+        if self._is_closed:
+            raise RuntimeError("the TFF worker was stopped")
+        if self._process is None:
+            self._start()
+        elif self._process.poll() is not None or not self._stub.is_ready:
+            self._disconnect()
+            self._losses += 1
+            if self._losses == _MAX_LOSSES_PER_COMPUTATION:
+                end = self._hung or f"ended {self._process.end()}"
+                raise RuntimeError(f"the TFF worker was lost {self._losses} times in one computation: last it {end}")
+            self._start()
+        return self._stub
+
+    def _end_hung(self, how):
+        tell(f"the TFF worker {how}: it is ended, and what it computed is computed again")
+        self._hung = how
+        self._process.kill()
+
+    def _start(self):
+        self._hung = ""
+        if self._confined is not False:
+            self._start_process(confined=True)
+            if not self._process.refused:
+                return
+            if self._confined:
+                raise RuntimeError(f"the TFF worker cannot be confined: {self._process.said()}")
+            _warn_once(self._process.said())
+            self._confined = False
+        self._start_process(confined=False)
+
+    def _start_process(self, confined):
+        with tempfile.TemporaryDirectory(prefix="tff_fedavg-") as directory:  # Only its owner can enter it.
+            address = f"unix:{directory}/socket"
+            self._process = WorkerProcess(address, confined=confined)
+            if self._process.listens(_SECONDS_TO_GET_READY):
+                self._open_channel(address)
+                until = time.monotonic() + _SECONDS_TO_GET_READY
+                # The name of the socket goes then, and is not left behind however the program ends.
+                while not self._stub.is_ready and self._process.poll() is None and time.monotonic() < until:
+                    time.sleep(0.002)
+        if self._process.refused and confined:
+            return
+        if self._process.poll() is not None:
+            raise RuntimeError(f"the TFF worker did not start: it ended {self._process.end()}")
+        if self._stub is None or not self._stub.is_ready:
+            said = filter(
+                None, (f"the TFF worker did not get ready in {_SECONDS_TO_GET_READY:g} s", self._process.said())
+            )
+            raise RuntimeError(": ".join(said))
+
+    def _disconnect(self):
+        super()._disconnect()
+        if self._process is not None:
+            self._process.kill()
+
+
+class RemoteWorker(Worker):
+    """A worker that `binaries.worker` has started, on this machine or another."""
+
+    def __init__(self, address: str):
+        super().__init__()
+        self.name = f"worker {address}"
+        self._address = address
+        self._lost = ""
+        self._open_channel(address)
+
+    def reach(self) -> bool:
+        """Whether it can be reached, and answers; not before it has been asked for the first time."""
+        try:
+            if not self._stub.is_ready:
+                return False
+            status = self.read_text("/proc/self/status")
+        except (grpc.RpcError, ValueError):  # A ValueError where the channel was closed.
+            return False
+        (cpus,) = (line.split()[1] for line in status.splitlines() if line.startswith("Cpus_allowed:"))
+        self.cores = int(cpus.replace(",", ""), 16).bit_count()
+        self._lost = ""
+        return True
+
+    def compute(self, comp, arg):
+        try:
+            return super().compute(comp, arg)
+        except WorkerLostError:
+            raise
+        except Exception as e:
+            if self._lost:  # Whatever this is comes from that.
+                raise WorkerLostError(self._lost) from e
+            raise
+
+    def _connect(self):
+        if not self._stub.is_ready:
+            raise WorkerLostError("cannot be reached any more")
+        return self._stub
+
+    def _end_hung(self, how):
+        self._lost = how
+        self._disconnect()  # What still runs on it ends with an error.
+        self._open_channel(self._address)
+
+
+class _ExecutorFactory(tff.framework.ExecutorFactory):
+    """As `tff.framework.ResourceManagingExecutorFactory`, which leaves open what it keeps no more: the worker grows."""
+
+    def __init__(self, connect: Callable[[], tff.framework.RemoteExecutorGrpcStub]):
+        self._connect = connect
+        self._executors = collections.OrderedDict()  # By number of clients, the newest last.
+
+    def create_executor(self, cardinalities):
+        clients = cardinalities.get(tff.CLIENTS, 0)
+        if clients not in self._executors:
+            if len(self._executors) == _EXECUTORS_KEPT:
+                self._executors.popitem(last=False)[1].close()
+            executor = tff.framework.RemoteExecutor(self._connect())
+            executor.set_cardinalities({tff.CLIENTS: clients})
+            self._executors[clients] = executor
+        self._executors.move_to_end(clients)
+        return self._executors[clients]
+
+    def clean_up_executor(self, cardinalities):
+        executor = self._executors.pop(cardinalities.get(tff.CLIENTS, 0), None)
+        if executor is not None:
+            executor.close()
+
+
+class _Deadline(grpc.UnaryUnaryClientInterceptor):
+    def intercept_unary_unary(self, continuation, client_call_details, request):
+        return continuation(client_call_details._replace(timeout=_SECONDS_TO_ANSWER), request)
+
+
+_compile_lock = threading.Lock()
+_compile_once = functools.lru_cache(128)(tff.backends.native.desugar_and_transform_to_native)
+
+
+def _compile(comp: tff.framework.ConcreteComputation) -> tff.framework.ConcreteComputation:
+    """Compiles once for all workers, which ask for it at the same time."""
+    with _compile_lock:
+        return _compile_once(comp)
+
+
+async def _read(stub: tff.framework.RemoteExecutorGrpcStub, path: str) -> str:
+    @tff.tensorflow.computation
+    def read():
+        # Not `tf.io.read_file`, which takes the files of /proc for empty.
+        return tf.data.TextLineDataset(path).reduce("", lambda text, line: tf.strings.join([text, line, "\n"]))
+
+    executor = tff.framework.RemoteExecutor(stub)
+    executor.set_cardinalities({tff.CLIENTS: _CARDINALITY_OF_READS})
+    try:
+        comp = _compile(read)
+        text = await (await executor.create_call(await executor.create_value(comp, comp.type_signature))).compute()
+    finally:
+        executor.close()
+    return text.decode()
+
+
+def tell(message: str) -> None:
+    """Tells the user what happens to the workers."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def _warn_once(reason: str) -> None:
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
+        tell(
+            f"the kernel does not let the TFF worker be confined ({reason}): it listens on a port, and whoever reaches "
+            "this machine can run anything as this user"
+        )
+
+
+_has_warned = False
