@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import os
 import sys
@@ -20,6 +21,7 @@ from tff_fedavg.worker_process import WorkerProcess
 
 _MAX_LOSSES_PER_COMPUTATION = 3
 _SECONDS_TO_GET_READY = 60.0
+_SECONDS_TO_CONNECT = 2.0
 _SECONDS_BETWEEN_LOOKS = 10.0
 _SECONDS_TO_ANSWER = 20.0
 # Without computing anything, which a client may do that waits for its files; longer where computations take long.
@@ -34,7 +36,6 @@ _CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.client_idle_timeout_ms", _MAX_MESSAGE_BYTES),  # The largest number is for never.
-    ("grpc.max_reconnect_backoff_ms", 2000),
     ("grpc.enable_http_proxy", 0),  # Of http_proxy and the like, for which gRPC takes this machine for another one.
 ]
 
@@ -62,8 +63,9 @@ class Worker:
         self._channel = self._stub = self._reading_stub = None
         self._longest = 0.0
         self._is_closed = False
+        self._executors = _ExecutorFactory(self._connect)
         self._context = tff.framework.AsyncExecutionContext(
-            _ExecutorFactory(self._connect),
+            self._executors,
             compiler_fn=_compile,
             transform_args=tff.tensorflow.transform_args,
             transform_result=tff.tensorflow.transform_result,
@@ -132,8 +134,9 @@ class Worker:
 
     def _open_channel(self, target: str) -> None:
         self._channel = grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
-        self._stub = tff.framework.RemoteExecutorGrpcStub(self._channel)
-        self._reading_stub = tff.framework.RemoteExecutorGrpcStub(grpc.intercept_channel(self._channel, _Deadline()))
+        self._stub = _Stub(self._channel)
+        self._reading_stub = _Stub(grpc.intercept_channel(self._channel, _Deadline()))
+        self._executors.clear()
 
     def _disconnect(self) -> None:
         if self._channel is not None:
@@ -235,40 +238,47 @@ class RemoteWorker(Worker):
         self.name = f"worker {address}"
         self._address = address
         self._lost = ""
-        self._open_channel(address)
+        self._open()
 
     def reach(self) -> bool:
-        """Whether it can be reached, and answers; not before it has been asked for the first time."""
+        """Whether it can be reached and answers; to be asked again and again, since that takes some time."""
+        if not self._stub.is_ready:
+            if time.monotonic() - self._opened_at > _SECONDS_TO_CONNECT:
+                self._open()
+            return False
         try:
-            if not self._stub.is_ready:
-                return False
             status = self.read_text("/proc/self/status")
-        except (grpc.RpcError, ValueError):  # A ValueError where the channel was closed.
+        except grpc.RpcError:
             return False
         (cpus,) = (line.split()[1] for line in status.splitlines() if line.startswith("Cpus_allowed:"))
         self.cores = int(cpus.replace(",", ""), 16).bit_count()
-        self._lost = ""
         return True
 
     def compute(self, comp, arg):
+        self._lost = ""
         try:
             return super().compute(comp, arg)
-        except WorkerLostError:
-            raise
         except Exception as e:
-            if self._lost:  # Whatever this is comes from that.
-                raise WorkerLostError(self._lost) from e
-            raise
+            if not self._lost:
+                raise
+            if not self._is_closed:
+                self._open()
+            raise WorkerLostError(self._lost) from e  # Whatever it is, it comes from that.
 
     def _connect(self):
         if not self._stub.is_ready:
-            raise WorkerLostError("cannot be reached any more")
+            self._lost = "cannot be reached any more"
+            raise WorkerLostError(self._lost)
         return self._stub
 
     def _end_hung(self, how):
         self._lost = how
-        self._disconnect()  # What still runs on it ends with an error.
+        self._disconnect()  # What still runs there ends with an error here.
+
+    def _open(self):
+        self._disconnect()
         self._open_channel(self._address)
+        self._opened_at = time.monotonic()
 
 
 class _ExecutorFactory(tff.framework.ExecutorFactory):
@@ -293,6 +303,23 @@ class _ExecutorFactory(tff.framework.ExecutorFactory):
         executor = self._executors.pop(cardinalities.get(tff.CLIENTS, 0), None)
         if executor is not None:
             executor.close()
+
+
+    def clear(self) -> None:
+        """Forgets all, of a worker that is there no more."""
+        self._executors.clear()
+
+
+class _Stub(tff.framework.RemoteExecutorGrpcStub):
+    """For workers that may be gone: there is nothing to dispose of then."""
+
+    def dispose(self, request):
+        with contextlib.suppress(grpc.RpcError, ValueError):  # A ValueError of a channel that was closed.
+            return super().dispose(request)
+
+    def dispose_executor(self, request):
+        with contextlib.suppress(grpc.RpcError, ValueError):
+            return super().dispose_executor(request)
 
 
 class _Deadline(grpc.UnaryUnaryClientInterceptor):

@@ -18,7 +18,7 @@ class Setting:
       above: Whether it must be more than the smallest number.
       needs: Name of a field above, and those of its values with which this one can be chosen: any but None where none
         is named. With others this one has its default.
-      may_differ: Whether a run may go on with another value: it says when to stop or to look, or in which order to add up.
+      may_differ: Whether a run may go on with another value: it says when to stop or look, or in which order to sum up.
       kind: Its type without None, which the annotation of the field says: str, bool, int or float.
     """
 

@@ -1,0 +1,279 @@
+"""Rounds in several workers: the same as in one, whatever happens to them. With real processes."""
+
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+from numpy_model import max_difference
+from tensorflow.python.data.experimental.ops import testing
+from test_subrounds import CLIENTS, build, run_rounds
+
+from tff_fedavg import build_client_eval, build_fed_eval, local_worker, remote_workers, runtime
+from tff_fedavg import worker as worker_module
+from tff_fedavg.client_data import write_client_dataset
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+class WorkerProgram:
+    """`binaries.worker`, which listens at an address."""
+
+    def __init__(self, address, *within):
+        self.address, self._within = address, within
+        self.start()
+
+    def start(self):
+        command = [*self._within, sys.executable, "-m", "binaries.worker", f"--address={self.address}"]
+        self._program = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert self._program.stdout.readline().startswith(f"listening at {self.address}")
+
+    @property
+    def process(self):
+        children = psutil.Process(self._program.pid).children(recursive=True)
+        return next(p for p in children if p.name() == "worker_binary")
+
+    def kill(self):
+        self._program.kill()
+        self._program.communicate()
+
+    def stop(self):
+        self._program.terminate()
+        self._program.communicate(timeout=10)
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("workers")
+    # The second has no network but for its socket.
+    started = [
+        WorkerProgram(f"unix:{directory}/0"),
+        WorkerProgram(f"unix:{directory}/1", "unshare", "--user", "--map-root-user", "--net"),
+    ]
+    yield started
+    for program in started:
+        program.stop()
+
+
+@pytest.fixture
+def addresses(programs):
+    return [program.address for program in programs]
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Hung workers are noticed in seconds."""
+    monkeypatch.setattr(worker_module, "_SECONDS_BETWEEN_LOOKS", 0.5)
+    monkeypatch.setattr(worker_module, "_SECONDS_TO_ANSWER", 1.0)
+
+
+def sleeping_clients():
+    """Builds the sum of numbers, one a client, each of which waits for so many seconds; in a worker one at a time."""
+
+    @tff.tensorflow.computation(np.float32)
+    def wait(seconds):
+        dataset = tf.data.Dataset.from_tensors(seconds).apply(testing.sleep(tf.cast(seconds * 1e6, tf.int64)))
+        return dataset.reduce(0.0, lambda x, y: x + y)
+
+    @tff.federated_computation(tff.FederatedType(np.float32, tff.CLIENTS))
+    def sum_of_seconds(seconds):
+        return tff.federated_sum(tff.federated_map(wait, seconds))
+
+    return sum_of_seconds
+
+
+@pytest.mark.parametrize("aggregator", ["mean", "robust"])
+def test_rounds_in_two_workers_are_those_of_one_and_have_the_same_bits_again(
+    worker, addresses, model, client_dataset, aggregator
+):
+    process = build(model, client_dataset, aggregator)
+    expected, _ = run_rounds(process)
+    runs = []
+    for _ in range(2):
+        with remote_workers(addresses):
+            runs.append(tf.nest.flatten(run_rounds(process)[0]))
+    assert max_difference(runs[0], tf.nest.flatten(expected)) < 1e-6
+    assert max_difference(*runs) == 0
+
+
+def test_evaluations_in_two_workers_are_those_of_one(worker, addresses, model, client_dataset):
+    weights = tff.learning.models.ModelWeights(*model.initial_weights)
+    fed_eval, client_eval = build_fed_eval(model, client_dataset), build_client_eval(model, client_dataset)
+    expected, expected_of_each = fed_eval(weights, CLIENTS), client_eval(weights, CLIENTS)
+    with remote_workers(addresses):
+        assert fed_eval(weights, CLIENTS) == pytest.approx(expected, rel=1e-6)
+        assert client_eval(weights, CLIENTS) == expected_of_each
+
+
+def test_workers_work_at_the_same_time(addresses):
+    sum_of_seconds = sleeping_clients()
+    seconds = [0.25] * 16
+    with remote_workers(addresses):
+        sum_of_seconds([0.0] * 16)
+        started = time.monotonic()
+        assert sum_of_seconds(seconds) == 4
+        assert time.monotonic() - started < 3
+
+
+def run_disturbed(disturb, addresses):
+    """Yields the result of a computation of two seconds, disturbed after a half, then those of short ones."""
+    sum_of_seconds = sleeping_clients()
+    with remote_workers(addresses, timeout=20):
+        sum_of_seconds([0.0] * 16)
+        threading.Timer(0.5, disturb).start()
+        yield sum_of_seconds([0.25] * 16)
+        while True:
+            yield sum_of_seconds([0.1] * 4)
+
+
+def test_the_others_do_what_a_worker_that_died_was_to_do_and_it_is_used_again(programs, addresses, capfd):
+    rounds = run_disturbed(programs[1].kill, addresses)
+    assert next(rounds) == 4
+    name = f"worker {addresses[1]}"
+    assert f"{name} cannot be reached any more: others do its part" in capfd.readouterr().err
+    programs[1].start()
+    until = time.monotonic() + 20
+    told = ""
+    while "is back" not in told and time.monotonic() < until:
+        assert next(rounds) == pytest.approx(0.4)
+        told += capfd.readouterr().err
+    assert told == f"{name} is back\n"
+    rounds.close()
+
+
+def test_the_others_do_what_a_worker_that_hangs_was_to_do(impatient, programs, addresses, capfd):
+    process = programs[0].process
+    rounds = run_disturbed(lambda: process.send_signal(signal.SIGSTOP), addresses)
+    assert next(rounds) == 4
+    assert f"worker {addresses[0]} has not answered for 1 s: others do its part" in capfd.readouterr().err
+    process.send_signal(signal.SIGCONT)
+    rounds.close()
+
+
+def test_a_worker_that_the_kernel_ended_is_used_when_its_program_has_started_it_again(programs, addresses):
+    process = build_sum()
+    with remote_workers(addresses[:1], timeout=20):
+        assert process([1, 2]) == 3
+        programs[0].process.kill()
+        assert process([1, 2, 3]) == 6
+
+
+def build_sum():
+    @tff.federated_computation(tff.FederatedType(np.int32, tff.CLIENTS))
+    def total(values):
+        return tff.federated_sum(values)
+
+    return total
+
+
+def test_when_all_are_gone_for_too_long_the_computation_ends(tmp_path):
+    program = WorkerProgram(f"unix:{tmp_path}/0")
+    total = build_sum()
+    with remote_workers([program.address], timeout=1):
+        assert total([1, 2]) == 3
+        program.kill()
+        with pytest.raises(RuntimeError, match="^no worker could be reached for 1 s$"):
+            total([1, 2])
+
+
+def test_a_worker_that_is_not_there_is_told_before_any_work(monkeypatch, addresses, tmp_path):
+    monkeypatch.setattr(runtime, "_SECONDS_TO_REACH", 0.5)
+    with pytest.raises(RuntimeError, match=f"worker unix:{tmp_path}/none cannot be reached: start binaries.worker"):
+        with remote_workers([*addresses, f"unix:{tmp_path}/none"]):
+            pass
+
+
+@pytest.mark.parametrize("change", ["none", "other"])
+def test_a_worker_without_the_same_client_files_is_named_before_any_work(
+    addresses, model, client_arrays, client_dataset, tmp_path, change
+):
+    """In a mount namespace of its own it has another directory in the place of the client files."""
+    here, there = str(client_dataset.directory), tmp_path / "there"
+    there.mkdir()
+    if change == "other":
+        write_client_dataset(there, client_arrays[:3])
+    mount = f'mount --bind {there} {here} && exec "$@"'
+    other = WorkerProgram(
+        f"unix:{tmp_path}/0", "unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh"
+    )
+    process = build(model, client_dataset)
+    with remote_workers([*addresses, other.address]):
+        has = "has no client files" if change == "none" else "has other client files"
+        with pytest.raises(ValueError, match=f"^worker {other.address} {has} in {here}"):
+            process.next(None, CLIENTS)
+    other.stop()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "addresses is "),
+        (["nowhere"], "nowhere: it is no address of a worker; give unix:PATH or HOST:PORT"),
+        (["host:99999"], "host:99999: it is no port"),
+        (["h:1", "h:1"], "each once"),
+    ],
+)
+def test_addresses_that_are_none_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        with remote_workers(given):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workers=nowhere"], "--workers=nowhere: it is no address of a worker; give unix:PATH or HOST:PORT"),
+        (["--workers=a:1,a:1"], "--workers=a:1,a:1: a worker is given twice"),
+        (["--worker_timeout=5"], "--worker_timeout=5 needs --workers: give that, or leave it out"),
+        (["--workers=a:1", "--worker_timeout=nan"], "--worker_timeout=nan: take a number from 0 to 1e+06"),
+        (["--workers=a:1", "--confined"], "--confined is of no use with --workers"),
+    ],
+)
+@pytest.mark.parametrize("program", ["train", "reproduce"])
+def test_flags_of_workers_are_checked_before_tensorflow_starts(program, flags, message):
+    started = time.monotonic()
+    command = [sys.executable, "-m", f"binaries.{program}", *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"{program}: {message}") and result.stderr.count("\n") == 1
+    assert time.monotonic() - started < 4
+
+
+def test_a_run_goes_on_after_its_workers_were_gone(programs, addresses, tmp_path):
+    """A program ends with one line and keeps its state; the same command goes on."""
+    program = WorkerProgram(f"unix:{tmp_path}/0")
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "binaries.train", "--data=embedded", f"--run_dir={run_dir}", "--rounds=4000"]
+    command += [f"--cache_dir={tmp_path}/cache", "--target_accuracy=1", "--worker_timeout=1"]
+    trained = subprocess.Popen(
+        [*command, f"--workers={program.address}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    metrics = run_dir / "metrics.csv"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 4):
+        time.sleep(0.1)
+    program.kill()
+    _, errors = trained.communicate(timeout=60)
+    assert trained.returncode == 2
+    assert errors.splitlines()[-1] == "train: no worker could be reached for 1 s"
+    rounds = len(metrics.read_text().splitlines()) - 2
+    assert (run_dir / "states" / f"program_state_{rounds}").is_dir()
+    command[-1:] = ["--worker_timeout=20", f"--workers={','.join(addresses)}", f"--rounds={rounds + 2}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert f"going on after round {rounds} of" in result.stdout, result.stderr
+    shutil.rmtree(run_dir)
+
+
+def test_a_local_worker_within_remote_ones_computes_for_itself(addresses):
+    total = build_sum()
+    with remote_workers(addresses):
+        with local_worker():
+            assert total([1, 2, 3]) == 6
+        assert total([1, 2, 3]) == 6
