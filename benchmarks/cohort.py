@@ -3,8 +3,8 @@
     python -m benchmarks.cohort --data_dir=DIR --output=results/cohort.csv
     python -m benchmarks.cohort --quick
 
-Each number of clients is measured with a worker of its own: one round to warm up, then the median of some. E = 1 and
-B = 10, without augmentation. The picture goes beside the CSV file.
+Each number of clients is measured with a worker of its own: a round of at most 100 clients to warm up, then one, or the
+median of three short ones. E = 1 and B = 10. The picture goes beside the CSV file.
 """
 
 import csv
@@ -23,7 +23,7 @@ _QUICK = flags.DEFINE_bool("quick", False, "Embedded data, few clients: only sho
 
 flags.adopt_module_key_flags(data_flags)
 
-_ROUNDS = 3
+_WARM_UP_CLIENTS = 100
 _FIELDS = ("task", "aggregator", "clients", "seconds", "megabytes")
 # Task, partition, K, and the numbers of clients in a round.
 _MEASURED = (
@@ -73,15 +73,16 @@ def _measure(task_name: str, partition: str, total: int | None, aggregator: str,
             aggregator=tff.learning.robust_aggregator() if aggregator == "robust" else None,
         )
         state = process.initialize()
+        process.next(state, range(min(clients, _WARM_UP_CLIENTS)))
         seconds = []
-        for _ in range(1 + _ROUNDS):
+        for _ in range(3 if clients <= _WARM_UP_CLIENTS else 1):
             start = time.monotonic()
             process.next(state, range(clients))
             seconds.append(time.monotonic() - start)
         (worker,) = (p for p in psutil.Process().children(recursive=True) if p.name() == "worker_binary")
         status = pathlib.Path(f"/proc/{worker.pid}/status").read_text().splitlines()
         (peak,) = (int(line.split()[1]) for line in status if line.startswith("VmHWM:"))  # In kB.
-    return round(statistics.median(seconds[1:]), 4), peak // 1000
+    return round(statistics.median(seconds), 4), peak // 1000
 
 
 def _plot(rows: list[tuple], path: pathlib.Path) -> None:

@@ -142,4 +142,4 @@ def test_the_worker_does_not_grow_with_the_rounds_when_their_numbers_of_clients_
             for clients in range(1, 21):
                 fed_avg.next(state, range(clients))
             megabytes.append(process.memory_info().rss / 1e6)
-    assert megabytes[1] < megabytes[0] + 50
+    assert megabytes[1] < megabytes[0] + 200  # Not 800 or more.

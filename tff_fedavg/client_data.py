@@ -22,7 +22,7 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Self
 
 import numpy as np
@@ -228,15 +228,14 @@ class ClientDataset:
         k = tf.cast(client_id, tf.int64)
         in_range = tf.debugging.Assert((k >= 0) & (k < self.num_clients), ["There is no client", k])
         with tf.control_dependencies([in_range]):
-            bounds = _read_bytes(self.directory / "offsets.bin", k * _OFFSET_BYTES, 2 * _OFFSET_BYTES)
-        begin, end = tf.unstack(tf.io.decode_raw(bounds, tf.int64), 2)
+            begin, end = tf.unstack(self._map("offsets.bin", tf.int64, [self.num_clients + 1])[k : k + 2], 2)
+        if not self.num_examples.sum():  # There is no mapping an empty file.
+            return tf.zeros([0, self.record_bytes], tf.uint8)
+        return self._map("examples.bin", tf.uint8, [self.num_examples.sum(), self.record_bytes])[begin:end]
 
-        def read_examples():
-            path = self.directory / "examples.bin"
-            return _read_bytes(path, begin * self.record_bytes, (end - begin) * self.record_bytes)
-
-        content = tf.cond(end > begin, read_examples, lambda: tf.constant(b""))
-        return tf.reshape(tf.io.decode_raw(content, tf.uint8), [-1, self.record_bytes])
+    def _map(self, name: str, dtype: tf.DType, shape: Sequence[int]) -> tf.Tensor:
+        """Returns a file as a tensor, mapped into memory: what is not looked at is not read."""
+        return tf.raw_ops.ImmutableConst(dtype=dtype, shape=shape, memory_region_name=str(self.directory / name))
 
     def batch(self, records: tf.Tensor, indices: tf.Tensor, seed: tf.Tensor) -> Batch:
         """Returns the preprocessed batch of some rows of what `read` gave: `(x, y)`, or `(x, y, sample_weight)`.
@@ -478,16 +477,6 @@ def _trace(preprocess_fn: PreprocessFn, element_spec: Mapping[str, tf.TensorSpec
         (name, tf.TensorSpec([None, *spec.shape], spec.dtype)) for name, spec in element_spec.items()
     )
     return TracedFunction("preprocess_fn", preprocess, [features, tf.TensorSpec([2], tf.int32)])
-
-
-def _read_bytes(path: pathlib.Path, begin: tf.Tensor, length: int | tf.Tensor) -> tf.Tensor:
-    """Returns `length` bytes of a file from `begin` on, as a scalar string tensor."""
-    end = path.stat().st_size
-    # One record of the wanted length is all that header and footer leave of the file.
-    dataset = tf.data.FixedLengthRecordDataset(
-        str(path), record_bytes=length, header_bytes=begin, footer_bytes=end - begin - length
-    )
-    return dataset.get_single_element()
 
 
 def _num_bytes(spec: tf.TensorSpec) -> int:

@@ -304,7 +304,6 @@ class _ExecutorFactory(tff.framework.ExecutorFactory):
         if executor is not None:
             executor.close()
 
-
     def clear(self) -> None:
         """Forgets all, of a worker that is there no more."""
         self._executors.clear()

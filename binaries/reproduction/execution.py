@@ -25,7 +25,7 @@ def execute(
     *,
     data_dir: str,
     cache_dir: str,
-    workers: Workers,
+    workers: Workers | None = None,
 ) -> str:
     """Runs what is missing of a run.
 

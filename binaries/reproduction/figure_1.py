@@ -47,7 +47,7 @@ def execute(
     *,
     data_dir: str,
     cache_dir: str,
-    workers: Workers,
+    workers: Workers | None = None,
 ) -> str:
     """Trains the parents of a panel, and writes the losses of their mixtures to losses.csv.
 
@@ -72,7 +72,7 @@ def execute(
     import tasks
     import tff_fedavg
 
-    with workers.start():
+    with (workers or Workers()).start():
         task = tasks.build_task("mnist_2nn", data=data, data_dir=data_dir, cache_dir=cache_dir, partition="iid")
         parents = []
         for client, seed in enumerate(PANELS[panel]):
