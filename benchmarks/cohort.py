@@ -25,23 +25,23 @@ flags.adopt_module_key_flags(data_flags)
 
 _WARM_UP_CLIENTS = 100
 _FIELDS = ("task", "aggregator", "clients", "seconds", "megabytes")
-# Task, partition, K, and the numbers of clients in a round.
+# The mean adds up in the clients' graphs; another aggregator gets each update, some at a time.
+_BOTH = ("mean", "robust")
+# Task, partition, K, aggregators, and the numbers of clients in a round.
 _MEASURED = (
-    ("mnist_2nn", "iid", 10_000, (10, 100, 1_000, 10_000)),
-    ("mnist_cnn", "iid", 1_000, (10, 100, 1_000)),
-    ("shakespeare_lstm", "role", None, (10, 100, 1_146)),
+    ("mnist_2nn", "iid", 10_000, _BOTH, (10, 100, 1_000, 10_000)),
+    ("mnist_cnn", "iid", 1_000, _BOTH, (10, 100, 1_000)),
+    ("shakespeare_lstm", "role", None, ("mean",), (10, 100, 1_146)),
 )
-_QUICK_MEASURED = (("mnist_2nn", "iid", 100, (10, 100)),)
-# The sum of the updates is built in the clients' graphs; another aggregator gets each, some at a time.
-_AGGREGATORS = ("mean", "robust")
+_QUICK_MEASURED = (("mnist_2nn", "iid", 100, _BOTH, (10, 100)),)
 
 
 def main() -> None:
     rows = []
     layout = "{:<18}" * (len(_FIELDS) + 1)
     print(layout.format(*_FIELDS, "ms a client"), flush=True)
-    for task, partition, total, numbers in _QUICK_MEASURED if _QUICK.value else _MEASURED:
-        for aggregator in _AGGREGATORS:
+    for task, partition, total, aggregators, numbers in _QUICK_MEASURED if _QUICK.value else _MEASURED:
+        for aggregator in aggregators:
             for clients in numbers:
                 rows.append((task, aggregator, clients, *_measure(task, partition, total, aggregator, clients)))
                 print(layout.format(*rows[-1], f"{1000 * rows[-1][3] / clients:.3g}"), flush=True)

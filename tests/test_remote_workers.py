@@ -1,5 +1,6 @@
 """Rounds in several workers: the same as in one, whatever happens to them. With real processes."""
 
+import contextlib
 import pathlib
 import shutil
 import signal
@@ -164,6 +165,35 @@ def test_a_worker_that_the_kernel_ended_is_used_when_its_program_has_started_it_
         assert process([1, 2]) == 3
         programs[0].process.kill()
         assert process([1, 2, 3]) == 6
+
+
+def test_a_computation_that_kills_its_workers_ends(impatient, tmp_path, monkeypatch):
+    """A client that fills its worker's memory, for instance. The program starts the worker again each time."""
+    monkeypatch.setattr(runtime, "_SECONDS_BETWEEN_TRIES", 0.1)
+    program = WorkerProgram(f"unix:{tmp_path}/0")
+    end = threading.Event()
+
+    def keep_killing():
+        killed = None
+        while not end.wait(0.05):
+            with contextlib.suppress(psutil.Error, StopIteration):
+                process = program.process
+                if process != killed and time.time() - process.create_time() > 1:
+                    process.kill()
+                    killed = process
+
+    with remote_workers([program.address], timeout=20):
+        sum_of_seconds = sleeping_clients()
+        sum_of_seconds([0.0])
+        thread = threading.Thread(target=keep_killing)
+        thread.start()
+        with pytest.raises(
+            RuntimeError, match=f"^3 workers were lost with the same computation, last worker {program.address}"
+        ):
+            sum_of_seconds([30.0])
+        end.set()
+        thread.join()
+    program.kill()
 
 
 def build_sum():

@@ -9,7 +9,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 from numpy_model import max_difference
 
-from tff_fedavg import ClientDataset, build_client_eval, build_fed_avg, build_fed_eval, local_worker, runtime
+from tff_fedavg import ClientDataset, build_client_eval, build_fed_avg, build_fed_eval, local_worker, runtime, subrounds
 from tff_fedavg.client_ids import _deal_out
 
 CLIENTS = [0, 1, 3, 4, 5]
@@ -123,19 +123,31 @@ def test_a_round_is_the_same_in_any_number_of_shares(worker, model, client_datas
     assert metrics["client_work"]["train"] == pytest.approx(expected_metrics["client_work"]["train"], rel=1e-6)
 
 
-@pytest.mark.parametrize("aggregator", ["mean", "robust"])
-def test_the_worker_does_not_grow_with_the_rounds_when_their_numbers_of_clients_differ(tmp_path, aggregator):
-    """Of a model of 4 MB; TFF's own runtime takes 10 to 15 times that more for each number of clients."""
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A model of 4 MB and 40 clients of one example."""
     keras_model = tf.keras.Sequential([tf.keras.layers.InputLayer([1000]), tf.keras.layers.Dense(1000)])
     rows = np.zeros([1, 1000], np.float32)
-    dataset = ClientDataset.from_arrays([{"x": rows, "y": rows}] * 40, directory=tmp_path)
-    model = tff.learning.models.functional_model_from_keras(
-        keras_model, tf.keras.losses.MeanSquaredError(), dataset.batch_spec
-    )
+    dataset = ClientDataset.from_arrays([{"x": rows, "y": rows}] * 40, directory=tmp_path_factory.mktemp("large"))
+    loss = tf.keras.losses.MeanSquaredError()
+    return tff.learning.models.functional_model_from_keras(keras_model, loss, dataset.batch_spec), dataset
+
+
+def test_the_updates_of_a_subround_take_a_gigabyte(large):
+    """Of 4 MB each, in four copies; on the server there are as many again, which no client sends."""
+    next_round = build(*large, "robust", server_optimizer=tff.learning.optimizers.build_adam(0.1)).next
+    for clients, expected in ((10, 1), (62, 1), (63, 2), (1000, 17)):
+        arg = tff.structure.Struct.unnamed(None, list(range(clients)))
+        assert subrounds.num_for_memory(next_round, arg, None) == expected
+
+
+@pytest.mark.parametrize("aggregator", ["mean", "robust"])
+def test_the_worker_does_not_grow_with_the_rounds_when_their_numbers_of_clients_differ(large, aggregator):
+    """TFF's own runtime takes 10 to 15 times the model's size more for each number of clients."""
     with local_worker():
         workers = (p for p in psutil.Process().children(recursive=True) if p.name() == "worker_binary")
         process = max(workers, key=psutil.Process.create_time)
-        fed_avg = build(model, dataset, aggregator)
+        fed_avg = build(*large, aggregator)
         state = fed_avg.initialize()
         megabytes = []
         for _ in range(2):

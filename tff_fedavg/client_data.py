@@ -35,7 +35,6 @@ from tff_fedavg.traced import TracedFunction
 
 _FORMAT_VERSION = 1
 _CHECKSUM_CHUNK = 1 << 24
-_OFFSET_BYTES = 8
 
 # (x, y) or (x, y, sample_weight); x and y may be nested.
 Batch = tuple[Any, ...]

@@ -29,6 +29,8 @@ __all__ = ["ComputationError", "local_worker", "remote_workers"]
 
 _SECONDS_TO_REACH = 10.0
 _SECONDS_BETWEEN_TRIES = 0.5
+_MAX_LOSSES_PER_COMPUTATION = 3
+_UNREACHED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 # Slow and fast workers even out where each gets several shares of a round, if those are not too small.
 _SUBROUNDS_PER_WORKER = 4
 _CLIENTS_PER_SHARE = 4
@@ -178,6 +180,7 @@ class _Job:
     comp: Any = dataclasses.field(compare=False)
     arg: Any = dataclasses.field(compare=False)
     result: concurrent.futures.Future = dataclasses.field(compare=False, default_factory=concurrent.futures.Future)
+    losses: int = dataclasses.field(compare=False, default=0)
 
 
 _END = _Job((-1, 0), None, None)
@@ -227,7 +230,12 @@ class _Queue:
             try:
                 job.result.set_result(worker.compute(job.comp, job.arg))
             except WorkerLostError as e:
-                self._jobs.put(job)
+                job.losses += 1
+                if job.losses < _MAX_LOSSES_PER_COMPUTATION:
+                    self._jobs.put(job)
+                else:  # It may be what kills them.
+                    message = f"{job.losses} workers were lost with the same computation, last {worker.name}: it {e}"
+                    job.result.set_exception(RuntimeError(message))
                 if not self._wait_until_back(worker, str(e)):
                     return
             except Exception as e:
@@ -265,7 +273,9 @@ class _Queue:
         for path, text in self._required.items():
             try:
                 found = worker.read_text(path)
-            except grpc.RpcError:
+            except (grpc.RpcError, ValueError) as e:
+                if isinstance(e, ValueError) or e.code() in _UNREACHED:
+                    return "cannot be reached any more"
                 return f"has no client files in {path.parent}: copy them there"
             if found.splitlines() != text.splitlines():
                 return f"has other client files in {path.parent} than this program: copy them there"

@@ -91,7 +91,7 @@ def invoke(comp: tff.framework.ConcreteComputation, arg: Any, number: int, submi
     return [value for result in results for value in result.result()]
 
 
-@functools.lru_cache(32)
+@functools.lru_cache(8)  # They are large.
 def _mergeable(comp: tff.framework.ConcreteComputation) -> tff.framework.MergeableCompForm | None:
     result = comp.type_signature.result
     if not _is_per_client(result) and tff.types.contains(result, _is_per_client):

@@ -88,8 +88,10 @@ class Worker:
         while concurrent.futures.wait([future], _SECONDS_BETWEEN_LOOKS).not_done:
             try:
                 seconds, now = self._computed_seconds(), time.monotonic()
-            except grpc.RpcError:
-                self._end_hung(f"has not answered for {_SECONDS_TO_ANSWER:g} s")
+            except (grpc.RpcError, ValueError) as e:  # A ValueError of a channel that is closed.
+                if isinstance(e, grpc.RpcError) and e.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    self._end_hung(f"has not answered for {_SECONDS_TO_ANSWER:g} s")
+                # Otherwise it is gone, which the computation notices too, and perhaps started again already.
                 computed, computed_at = None, time.monotonic()
                 continue
             idle_limit = max(_SECONDS_IDLE, _IDLE_TIMES_LONGEST * self._longest)
@@ -112,6 +114,7 @@ class Worker:
 
         Raises:
           grpc.RpcError: If there is none, or the worker does not answer.
+          ValueError: If the worker was closed.
         """
         return asyncio.run(_read(self._reading_stub, os.fspath(path)))
 
@@ -248,7 +251,7 @@ class RemoteWorker(Worker):
             return False
         try:
             status = self.read_text("/proc/self/status")
-        except grpc.RpcError:
+        except (grpc.RpcError, ValueError):
             return False
         (cpus,) = (line.split()[1] for line in status.splitlines() if line.startswith("Cpus_allowed:"))
         self.cores = int(cpus.replace(",", ""), 16).bit_count()
@@ -327,7 +330,8 @@ class _Deadline(grpc.UnaryUnaryClientInterceptor):
 
 
 _compile_lock = threading.Lock()
-_compile_once = functools.lru_cache(128)(tff.backends.native.desugar_and_transform_to_native)
+# A few, since they are large; the workers ask for the same ones.
+_compile_once = functools.lru_cache(8)(tff.backends.native.desugar_and_transform_to_native)
 
 
 def _compile(comp: tff.framework.ConcreteComputation) -> tff.framework.ConcreteComputation:
