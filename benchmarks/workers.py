@@ -154,17 +154,45 @@ def _median(run: Callable[[], Any]) -> float:
     return statistics.median(seconds[1:])
 
 
+def _subrounds(number: int) -> int:
+    """Returns the number of subrounds of the sleepers, as the runtime cuts them."""
+    if number == 1:
+        return 0
+    return number * max(1, min(4, _SLEEPERS // (len(os.sched_getaffinity(0)) * number)))
+
+
+def _moved_bytes(name: str, number: int) -> int:
+    """Returns the bytes of a round: for each subround the weights, its sum, and three sums to merge it."""
+    return 5 * 4 * _WEIGHTS[name] * _subrounds(number)
+
+
+def _bytes_per_second(rows: list[tuple]) -> float:
+    """Returns what the program moves, from the time that the rounds take besides the sleep."""
+    shared = [(name, number, seconds) for kind, name, number, seconds in rows if kind == "sleep" and number > 1]
+    besides = sum(seconds - _SLEEPERS * _SECONDS / number for _, number, seconds in shared)
+    return sum(_moved_bytes(name, number) for name, number, _ in shared) / besides
+
+
 def _plot(rows: list[tuple], path: pathlib.Path) -> None:
+    import numpy as np
     from matplotlib.figure import Figure
 
+    rate = _bytes_per_second(rows)
+    print(f"{rate / 1e6:.0f} MB a second through the program")
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for name in dict.fromkeys(row[1] for row in rows if row[0] == "sleep"):
+    on_paper = np.array([1, 2, 4, 8, 16, 32, 64])
+    for name in _WEIGHTS:
         numbers, seconds = zip(*(row[2:] for row in rows if row[:2] == ("sleep", name)))
-        axes.plot(numbers, [seconds[0] / s for s in seconds], marker="o", label=name)
-    axes.plot(numbers, numbers, color="grey", linestyle=":", label="as many as workers")
-    axes.set(xlabel="workers", ylabel="times as fast as one", title="A round of clients that sleep")
-    axes.set(xscale="log", yscale="log", xticks=numbers, yticks=numbers, xticklabels=numbers, yticklabels=numbers)
+        (line,) = axes.plot(numbers, [seconds[0] / s for s in seconds], "o", label=name)
+        expected = [_SLEEPERS * _SECONDS / n + _moved_bytes(name, n) / rate for n in on_paper]
+        axes.plot(on_paper, expected[0] / np.array(expected), color=line.get_color())
+    axes.plot(on_paper, on_paper, color="grey", linestyle=":", label="as many as workers")
+    axes.set(xlabel="workers", ylabel="times as fast as one", xscale="log", yscale="log")
+    axes.set(xticks=on_paper, xticklabels=on_paper, yticks=on_paper, yticklabels=on_paper)
+    axes.set_title(
+        f"Rounds of {_SLEEPERS} clients that sleep {_SECONDS} s: measured (dots), on paper (lines)", fontsize=10
+    )
     axes.legend()
     axes.grid(alpha=0.3)
     with replacement(path) as temporary:

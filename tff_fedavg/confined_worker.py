@@ -8,10 +8,10 @@ root make one), whose only interface is its loopback. This process, in the same 
 ADDRESS, outside: unix:PATH, a socket that only its owner can connect to, or HOST:PORT, which protects nothing. With 0
 the worker stays outside, on a free port, and can be reached there too.
 
-It listens when the worker answers, and says so on stderr. It ends with the worker, and as that did; with PARENT, the
-process that starts it; with exit status 3 where the kernel refuses the namespaces, and 1 where ADDRESS cannot be had.
-The file of a unix socket that nobody listens at is replaced. It needs nothing but Python's own modules, and starts in
-some 20 ms.
+It listens when the worker answers, and says so on stderr, with the worker's process id. It ends with the worker, and as
+that did; with PARENT, the process that starts it; with exit status 3 where the kernel refuses the namespaces, 1 where
+ADDRESS cannot be had. The file of a unix socket that nobody listens at is replaced. It needs nothing but Python's own
+modules, and starts in some 20 ms.
 """
 
 import ctypes
@@ -62,7 +62,7 @@ def main() -> None:
     if worker == 0:
         _end_with(this)
         os.execv(binary, [binary, f"--port={port}", *worker_flags])
-    threading.Thread(target=_serve, args=(server, address, port), daemon=True).start()
+    threading.Thread(target=_serve, args=(server, address, port, worker), daemon=True).start()
     _, status = os.waitpid(worker, 0)
     signal_number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     if signal_number:  # This process ends as the worker did.
@@ -125,13 +125,13 @@ def _confine() -> None:
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP | _IFF_RUNNING))
 
 
-def _serve(server: socket.socket, address: str, port: int) -> None:
+def _serve(server: socket.socket, address: str, port: int, worker_pid: int) -> None:
     _connect(port).close()
     try:
         server.listen()  # Only now: who connects finds a worker that answers.
     except OSError as e:
         _fail(f"cannot listen at {address}: {e.strerror or e}")
-    print(LISTENING, file=sys.stderr, flush=True)
+    print(LISTENING, worker_pid, file=sys.stderr, flush=True)
     while True:
         driver, _ = server.accept()
         worker = _connect(port)

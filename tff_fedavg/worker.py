@@ -17,7 +17,7 @@ import grpc
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_fedavg.worker_process import WorkerProcess
+from tff_fedavg.worker_process import WorkerProcess, processor_seconds
 
 _MAX_LOSSES_PER_COMPUTATION = 3
 _SECONDS_TO_GET_READY = 60.0
@@ -26,6 +26,7 @@ _SECONDS_BETWEEN_LOOKS = 10.0
 _SECONDS_TO_ANSWER = 20.0
 # Without computing anything, which a client may do that waits for its files; longer where computations take long.
 _SECONDS_IDLE = 60.0
+_SECONDS_UNSEEN = 3600.0  # The same, where it cannot be seen whether it computes.
 _IDLE_TIMES_LONGEST = 3.0
 _IDLE_SHARE = 0.01  # Of a core. What is left is the worker's answers to the question how much it has computed.
 # TFF's executors for so many different numbers of clients are kept; a new one takes some 50 ms of a 2NN's round.
@@ -87,6 +88,7 @@ class Worker:
         future = self._thread.submit(self._runner.run, self._context.invoke(comp, arg))
         while concurrent.futures.wait([future], _SECONDS_BETWEEN_LOOKS).not_done:
             try:
+                self._ask()
                 seconds, now = self._computed_seconds(), time.monotonic()
             except (grpc.RpcError, ValueError) as e:  # A ValueError of a channel that is closed.
                 if isinstance(e, grpc.RpcError) and e.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -94,12 +96,15 @@ class Worker:
                 # Otherwise it is gone, which the computation notices too, and perhaps started again already.
                 computed, computed_at = None, time.monotonic()
                 continue
-            idle_limit = max(_SECONDS_IDLE, _IDLE_TIMES_LONGEST * self._longest)
-            if computed is None or not 0 <= seconds - computed < _IDLE_SHARE * (now - computed_at):
+            idle = now - computed_at
+            if seconds is None:
+                if idle > max(_SECONDS_UNSEEN, _IDLE_TIMES_LONGEST * self._longest):
+                    self._end_hung(f"has not done it for {idle:.0f} s")
+                    computed_at = now
+            elif computed is None or not 0 <= seconds - computed < _IDLE_SHARE * idle:
                 computed, computed_at = seconds, now
-            elif now - computed_at > idle_limit:
-                waits = "has computed nothing for {:.0f} s, as when a client waits for its files"
-                self._end_hung(waits.format(now - computed_at))
+            elif idle > max(_SECONDS_IDLE, _IDLE_TIMES_LONGEST * self._longest):
+                self._end_hung(f"has computed nothing for {idle:.0f} s, as when a client waits for its files")
                 computed, computed_at = None, now
         self._longest = max(self._longest, time.monotonic() - started_at)
         try:
@@ -145,10 +150,15 @@ class Worker:
         if self._channel is not None:
             self._channel.close()
 
-    def _computed_seconds(self) -> float:
-        """Returns the processor time that the worker has taken."""
-        fields = self.read_text("/proc/self/stat").rpartition(")")[2].split()
-        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")  # utime and stime; see man 5 proc.
+    def _ask(self) -> None:
+        """Raises a `grpc.RpcError` if the worker does not answer. Nothing is computed for it."""
+        executor = tff.framework.RemoteExecutor(self._reading_stub)
+        executor.set_cardinalities({tff.CLIENTS: _CARDINALITY_OF_READS})
+        executor.close()
+
+    def _computed_seconds(self) -> float | None:
+        """Returns the processor time that the worker has taken; None if that cannot be seen."""
+        raise NotImplementedError
 
 
 class LocalWorker(Worker):
@@ -189,6 +199,9 @@ class LocalWorker(Worker):
                 raise RuntimeError(f"the TFF worker was lost {self._losses} times in one computation: last it {end}")
             self._start()
         return self._stub
+
+    def _computed_seconds(self):
+        return self._process.computed_seconds()
 
     def _end_hung(self, how):
         tell(f"the TFF worker {how}: it is ended, and what it computed is computed again")
@@ -241,6 +254,7 @@ class RemoteWorker(Worker):
         self.name = f"worker {address}"
         self._address = address
         self._lost = ""
+        self._is_seen = True
         self._open()
 
     def reach(self) -> bool:
@@ -259,6 +273,7 @@ class RemoteWorker(Worker):
 
     def compute(self, comp, arg):
         self._lost = ""
+        self._is_seen = True
         try:
             return super().compute(comp, arg)
         except Exception as e:
@@ -273,6 +288,17 @@ class RemoteWorker(Worker):
             self._lost = "cannot be reached any more"
             raise WorkerLostError(self._lost)
         return self._stub
+
+    def _computed_seconds(self):
+        if self._is_seen:
+            try:
+                return processor_seconds(self.read_text("/proc/self/stat"))
+            except grpc.RpcError as e:
+                if e.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise
+                # Clients can keep all of TensorFlow's threads for minutes, and more questions would only queue up.
+                self._is_seen = False
+        return None
 
     def _end_hung(self, how):
         self._lost = how

@@ -69,6 +69,7 @@ class WorkerProcess:
             start_new_session=True,  # Ctrl-C in the terminal is for the program, which then ends the worker.
         )
         self._listening = threading.Event()
+        self._pid = None
         self._last_lines = collections.deque(maxlen=_KEPT_LINES)
         self._reader = threading.Thread(target=self._read_errors, daemon=True)
         self._reader.start()
@@ -88,6 +89,13 @@ class WorkerProcess:
     def poll(self) -> int | None:
         """Returns its exit status, negative for a signal; None while it runs."""
         return self._process.poll()
+
+    def computed_seconds(self) -> float | None:
+        """Returns the processor time that the worker has taken; None if there is no worker, or none yet."""
+        try:
+            return processor_seconds(pathlib.Path(f"/proc/{self._pid}/stat").read_text())
+        except OSError:
+            return None
 
     def said(self) -> str:
         """Returns the last lines of what it wrote to stderr."""
@@ -116,12 +124,18 @@ class WorkerProcess:
         is_wanted = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "0") == "0"
         with self._process.stderr as stderr:
             for line in stderr:
-                if line.strip() == confined_worker.LISTENING:
+                if line.startswith(f"{confined_worker.LISTENING} "):
+                    self._pid = int(line.split()[1])
                     self._listening.set()
                     continue
                 self._last_lines.append(line.strip())
                 if is_wanted:
                     sys.stderr.write(line)
+
+
+def processor_seconds(stat: str) -> float:
+    """Returns the processor time of a process, from its file `stat` in /proc: utime and stime."""
+    return sum(map(int, stat.rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def _oom_kills() -> int:
