@@ -88,19 +88,20 @@ def _measure(task_name: str, partition: str, total: int | None, aggregator: str,
 def _plot(rows: list[tuple], path: pathlib.Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     time_axes, memory_axes = figure.subplots(1, 2)
+    names = list(dict.fromkeys(row[0] for row in rows))
     for task, aggregator in dict.fromkeys(row[:2] for row in rows):
         clients, seconds, megabytes = zip(*(row[2:] for row in rows if row[:2] == (task, aggregator)))
-        style = {"marker": "o", "linestyle": "-" if aggregator == "mean" else "--", "label": f"{task}, {aggregator}"}
+        style = {"marker": "o", "color": f"C{names.index(task)}", "linestyle": "-" if aggregator == "mean" else "--"}
         time_axes.plot(clients, [1000 * s / c for s, c in zip(seconds, clients)], **style)
-        memory_axes.plot(clients, megabytes, **style)
+        memory_axes.plot(clients, megabytes, label=f"{task}, {aggregator}", **style)
     time_axes.set(title="Time of a client", ylabel="milliseconds")
     memory_axes.set(title="Largest memory of the worker", ylabel="MB")
     for axes in (time_axes, memory_axes):
         axes.set(xlabel="clients in a round", xscale="log", yscale="log")
         axes.grid(alpha=0.3)
-    memory_axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     with replacement(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
