@@ -136,9 +136,9 @@ def large(tmp_path_factory):
 def test_the_updates_of_a_subround_take_a_gigabyte(large):
     """Of 4 MB each, in four copies; on the server there are as many again, which no client sends."""
     next_round = build(*large, "robust", server_optimizer=tff.learning.optimizers.build_adam(0.1)).next
-    for clients, expected in ((10, 1), (62, 1), (63, 2), (1000, 17)):
+    for clients, cores, expected in ((10, 2, 1), (62, 2, 1), (63, 2, 2), (1000, 2, 17), (1000, 500, 2)):
         arg = tff.structure.Struct.unnamed(None, list(range(clients)))
-        assert subrounds.num_for_memory(next_round, arg, None) == expected
+        assert subrounds.num_for_memory(next_round, arg, None, cores) == expected
 
 
 @pytest.mark.parametrize("aggregator", ["mean", "robust"])

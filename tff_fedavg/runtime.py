@@ -147,7 +147,7 @@ class _Context(tff.framework.SyncContext):
         return subrounds.invoke(comp, arg, number, self._queue.submit)
 
     def num_shares(self, num_clients: int) -> int:
-        cores = max(worker.cores for worker in self._workers)
+        cores = self._cores
         if len(self._workers) == 1:
             return _num_shares(num_clients, cores)
         per_worker = num_clients // (_CLIENTS_PER_SHARE * len(self._workers) * cores)
@@ -161,12 +161,18 @@ class _Context(tff.framework.SyncContext):
         self._queue.close()
 
     def _num_subrounds(self, comp: Any, arg: Any) -> int:
-        number, clients = 1, subrounds.num_clients(comp, arg)
+        clients, cores = subrounds.num_clients(comp, arg), self._cores
+        number = 1
         if len(self._workers) > 1:
-            cores = max(worker.cores for worker in self._workers)
             per_worker = clients // (cores * len(self._workers))
             number = len(self._workers) * max(1, min(per_worker, _SUBROUNDS_PER_WORKER))
-        return min(clients, max(number, subrounds.num_for_memory(comp, arg, self._clients_per_subround)))
+        for_memory = subrounds.num_for_memory(comp, arg, self._clients_per_subround, cores)
+        return min(clients, max(number, for_memory))
+
+    @property
+    def _cores(self) -> int:
+        """Of the worker that has most."""
+        return max(worker.cores for worker in self._workers)
 
 
 def _num_shares(num_clients: int, cores: int) -> int:

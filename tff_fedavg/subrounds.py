@@ -33,13 +33,16 @@ def num_clients(comp: tff.framework.ConcreteComputation, arg: Any) -> int:
     return max((len(v) for t, v in zip(types, values) if _is_per_client(t) and isinstance(v, (list, tuple))), default=0)
 
 
-def num_for_memory(comp: tff.framework.ConcreteComputation, arg: Any, clients_per_subround: int | None) -> int:
+def num_for_memory(
+    comp: tff.framework.ConcreteComputation, arg: Any, clients_per_subround: int | None, cores: int
+) -> int:
     """Returns in how many subrounds the results of the clients fit into the worker's memory.
 
     Args:
       comp: The computation, which can be divided by clients.
       arg: Its argument.
       clients_per_subround: How many fit; by default it follows from the size of the aggregate.
+      cores: By default at least so many are in a subround, which run at once.
     """
     clients = num_clients(comp, arg)
     if clients_per_subround is None:
@@ -50,7 +53,7 @@ def num_for_memory(comp: tff.framework.ConcreteComputation, arg: Any, clients_pe
         if (form := _mergeable(comp)) is None:
             return 1
         aggregate_bytes = num_bytes(form.up_to_merge.type_signature.result)
-        clients_per_subround = max(1, int(_BYTES / _COPIES / max(1, aggregate_bytes)))
+        clients_per_subround = max(cores, int(_BYTES / _COPIES / max(1, aggregate_bytes)))
     return math.ceil(clients / clients_per_subround)
 
 

@@ -20,6 +20,7 @@ import tensorflow_federated as tff
 from tff_fedavg.worker_process import WorkerProcess, processor_seconds
 
 _MAX_LOSSES_PER_COMPUTATION = 3
+_MAX_CONNECTS = 10  # In one computation, to a process that runs: TFF waits twice as long before each.
 _SECONDS_TO_GET_READY = 60.0
 _SECONDS_TO_CONNECT = 2.0
 _SECONDS_BETWEEN_LOOKS = 10.0
@@ -142,6 +143,9 @@ class Worker:
 
     def _open_channel(self, target: str) -> None:
         self._channel = grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        # TFF's stub has gRPC watch the connection, in a thread that prints a traceback if it is closed meanwhile. Here
+        # the worker is asked.
+        self._channel.subscribe = lambda callback, try_to_connect=None: None
         self._stub = _Stub(self._channel)
         self._reading_stub = _Stub(grpc.intercept_channel(self._channel, _Deadline()))
         self._executors.clear()
@@ -155,6 +159,13 @@ class Worker:
         executor = tff.framework.RemoteExecutor(self._reading_stub)
         executor.set_cardinalities({tff.CLIENTS: _CARDINALITY_OF_READS})
         executor.close()
+
+    def _answers(self) -> bool:
+        try:
+            self._ask()
+        except (grpc.RpcError, ValueError):
+            return False
+        return True
 
     def _computed_seconds(self) -> float | None:
         """Returns the processor time that the worker has taken; None if that cannot be seen."""
@@ -171,7 +182,7 @@ class LocalWorker(Worker):
         self.cores = len(os.sched_getaffinity(0))
         self._confined = confined
         self._process = None
-        self._losses = 0
+        self._losses = self._connects = 0
         self._hung = ""
 
     def start(self) -> None:
@@ -183,15 +194,17 @@ class LocalWorker(Worker):
         self._connect()
 
     def compute(self, comp, arg):
-        self._losses = 0
+        self._losses = self._connects = 0
         return super().compute(comp, arg)
 
     def _connect(self):
         if self._is_closed:
             raise RuntimeError("the TFF worker was stopped")
+        self._connects += 1
         if self._process is None:
             self._start()
-        elif self._process.poll() is not None or not self._stub.is_ready:
+        elif self._process.poll() is not None or self._connects > _MAX_CONNECTS:
+            self._connects = 0
             self._disconnect()
             self._losses += 1
             if self._losses == _MAX_LOSSES_PER_COMPUTATION:
@@ -224,17 +237,16 @@ class LocalWorker(Worker):
         with tempfile.TemporaryDirectory(prefix="tff_fedavg-") as directory:  # Only its owner can enter it.
             address = f"unix:{directory}/socket"
             self._process = WorkerProcess(address, confined=confined)
-            if self._process.listens(_SECONDS_TO_GET_READY):
+            is_ready = self._process.listens(_SECONDS_TO_GET_READY)
+            if is_ready:
                 self._open_channel(address)
-                until = time.monotonic() + _SECONDS_TO_GET_READY
-                # The name of the socket goes then, and is not left behind however the program ends.
-                while not self._stub.is_ready and self._process.poll() is None and time.monotonic() < until:
-                    time.sleep(0.002)
+                # The name of the socket goes when it is connected to, and is not left behind however the program ends.
+                is_ready = self._answers()
         if self._process.refused and confined:
             return
         if self._process.poll() is not None:
             raise RuntimeError(f"the TFF worker did not start: it ended {self._process.end()}")
-        if self._stub is None or not self._stub.is_ready:
+        if not is_ready:
             said = filter(
                 None, (f"the TFF worker did not get ready in {_SECONDS_TO_GET_READY:g} s", self._process.said())
             )
@@ -254,13 +266,14 @@ class RemoteWorker(Worker):
         self.name = f"worker {address}"
         self._address = address
         self._lost = ""
+        self._is_connected = False
         self._is_seen = True
         self._open()
 
     def reach(self) -> bool:
         """Whether it can be reached and answers; to be asked again and again, since that takes some time."""
-        if not self._stub.is_ready:
-            if time.monotonic() - self._opened_at > _SECONDS_TO_CONNECT:
+        if not self._answers():
+            if time.monotonic() - self._opened_at > _SECONDS_TO_CONNECT and not self._is_closed:
                 self._open()
             return False
         try:
@@ -273,6 +286,7 @@ class RemoteWorker(Worker):
 
     def compute(self, comp, arg):
         self._lost = ""
+        self._is_connected = False
         self._is_seen = True
         try:
             return super().compute(comp, arg)
@@ -284,9 +298,10 @@ class RemoteWorker(Worker):
             raise WorkerLostError(self._lost) from e  # Whatever it is, it comes from that.
 
     def _connect(self):
-        if not self._stub.is_ready:
+        if self._is_connected:  # It is not asked a second time what it has failed to do.
             self._lost = "cannot be reached any more"
             raise WorkerLostError(self._lost)
+        self._is_connected = True
         return self._stub
 
     def _computed_seconds(self):
