@@ -10,6 +10,7 @@ once as it may use cores.
 
 import fnmatch
 import functools
+import math
 import os
 import pathlib
 import sys
@@ -56,6 +57,10 @@ _SECONDS_BETWEEN_LINES = 10.0
 def main() -> None:
     if _LIST.value and _REPORT.value:
         raise ValueError("--list and --report are two commands: give one of them")
+    if _BUDGET_HOURS.value is not None and not math.isfinite(_BUDGET_HOURS.value):
+        raise ValueError(
+            f"--budget_hours={_BUDGET_HOURS.value}: take a number of hours, or leave it out for all it takes"
+        )
     results_dir = pathlib.Path(os.path.expanduser(_RESULTS_DIR.value or "results" + "-quick" * _QUICK.value))
     if _REPORT.value:
         from binaries.reproduction import report
@@ -78,6 +83,8 @@ def _selection() -> tuple[list[str], list[plan.Grid]]:
     grids = [*dict.fromkeys([*grids, *(curve.grid for figure in figures for curve in figure.curves)])]
     panels = [panel for panel in figure_1.PANELS if everything or 1 in _FIGURE.value]
     names = [*map(figure_1.name, panels), *(name for grid in grids for name in (grid.cell.name, _title(grid)))]
+    if not _ROWS.value:
+        raise ValueError("--rows= is no cell: leave it out for all of them")
     for pattern in _ROWS.value:
         if not fnmatch.filter(names, pattern):
             raise ValueError(f"--rows={pattern} is no cell of what was asked for: see --list")

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -6,7 +8,8 @@ from hypothesis import strategies as st
 from tff_fedavg import learning_curve
 from tff_fedavg.learning_curve import Target
 
-accuracies = st.lists(st.floats(0, 1), min_size=1, max_size=50)
+accuracy = st.floats(0, 1, width=32)
+accuracies = st.lists(accuracy, min_size=1, max_size=50)
 
 
 def test_crossing_is_interpolated_between_evaluations():
@@ -34,7 +37,21 @@ def test_monotone_curve_is_the_best_of_all_prior_rounds(values):
     assert curve.tolist() == [max(values[: i + 1]) for i in range(len(values))]
 
 
-@given(accuracies, st.floats(0, 1))
+@pytest.mark.parametrize("examples", [200, 1000, 10_000])
+def test_a_target_that_is_met_exactly_is_met_and_one_example_less_is_not(examples):
+    for right in range(1, examples):
+        target = Target(right / examples)
+        assert target.is_reached(float(np.float32(right) / np.float32(examples)))
+        assert not target.is_reached(float(np.float32(right - 1) / np.float32(examples)))
+
+
+def test_an_accuracy_that_is_none_does_not_hide_a_later_one():
+    assert Target(0.85).rounds([10, 20, 30], [0.8, math.nan, 0.9]) == pytest.approx(25)
+    assert Target(0.85).best([math.nan, 0.8, math.nan]) == 0.8
+    assert Target(0.85).best([math.nan]) is None
+
+
+@given(accuracies, accuracy)
 def test_crossing_lies_between_the_last_evaluation_below_and_the_first_above(values, target):
     rounds = list(range(0, 10 * len(values), 10))
     crossing = Target(target).rounds(rounds, values)
@@ -45,7 +62,7 @@ def test_crossing_lies_between_the_last_evaluation_below_and_the_first_above(val
         assert max(above[0] - 10, 0) <= crossing <= above[0]
 
 
-@given(accuracies, st.floats(0, 1))
+@given(accuracies, accuracy)
 def test_an_error_that_falls_to_a_target_is_an_accuracy_that_rises_to_it(errors, target):
     rounds = list(range(0, 10 * len(errors), 10))
     falling = Target(target, "error", lower_is_better=True)

@@ -47,19 +47,21 @@ class Target:
         return f"evaluation/{self.metric}"
 
     def monotone(self, values: Sequence[float]) -> np.ndarray:
-        """Returns, for each evaluation, the best value up to it."""
-        best = np.minimum if self.lower_is_better else np.maximum
+        """Returns, for each evaluation, the best value up to it; NaN is none."""
+        best = np.fmin if self.lower_is_better else np.fmax
         return best.accumulate(np.asarray(values, float))
 
     def best(self, values: Iterable[float]) -> float | None:
-        """Returns the best of some values; None if there are none."""
-        return (min if self.lower_is_better else max)(values, default=None)
+        """Returns the best of some values, NaN excepted; None if there are none."""
+        return (min if self.lower_is_better else max)((v for v in values if not math.isnan(v)), default=None)
 
     def is_reached(self, value: float | None) -> bool:
         """Whether a value is as good as the target; None is not."""
         if None in (value, self.value):
             return False
-        return bool(value <= self.value if self.lower_is_better else value >= self.value)
+        # Metrics are float32, in which 951 of 1,000 is less than 0.951.
+        value, target = np.float32(value), np.float32(self.value)
+        return bool(value <= target if self.lower_is_better else value >= target)
 
     def rounds(self, rounds: Sequence[int], values: Sequence[float]) -> float | None:
         """Returns the round, with a fraction, in which the monotone curve reaches the value; None if it does not.

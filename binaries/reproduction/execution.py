@@ -83,7 +83,8 @@ class _Observer(Observer):
         best = progress.best or 0.0
         self._say(f"round {progress.round_number}/{self._run.grid.rounds}, best accuracy {best:.4f}")
         if self._run.grid.extends and progress.target.field in progress.metrics:
-            if best < self._run.grid.target and progress.round_number >= SLOWER * self._fewest_rounds():
+            is_reached = learning_curve.Target(self._run.grid.target).is_reached(best)
+            if not is_reached and progress.round_number >= SLOWER * self._fewest_rounds():
                 raise _GivenUpError
 
     def report_damaged(self, path: pathlib.Path, error: Exception) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from binaries.experiment import Experiment
 from binaries.reproduction import published
 from binaries.reproduction.published import Cell
+from tff_fedavg import learning_curve
 
 SLOWER = 1.5  # A rate is given up at so many times the rounds of another one: it cannot win any more.
 
@@ -104,7 +105,7 @@ class Grid:
             outcome["rounds"] >= self.rounds
             or outcome["ended"] == "diverged"
             or (self.extends and outcome["ended"] == "slower")
-            or (self.target is not None and outcome["best_accuracy"] >= self.target)
+            or learning_curve.Target(self.target).is_reached(outcome["best_accuracy"])
         )
 
 
