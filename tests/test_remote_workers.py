@@ -46,7 +46,10 @@ class WorkerProgram:
         self._program.kill()
         self._program.communicate()
 
-    def stop(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
         self._program.terminate()
         self._program.communicate(timeout=10)
 
@@ -55,13 +58,11 @@ class WorkerProgram:
 def programs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("workers")
     # The second has no network but for its socket.
-    started = [
-        WorkerProgram(f"unix:{directory}/0"),
-        WorkerProgram(f"unix:{directory}/1", "unshare", "--user", "--map-root-user", "--net"),
-    ]
-    yield started
-    for program in started:
-        program.stop()
+    with (
+        WorkerProgram(f"unix:{directory}/0") as first,
+        WorkerProgram(f"unix:{directory}/1", "unshare", "--user", "--map-root-user", "--net") as second,
+    ):
+        yield [first, second]
 
 
 @pytest.fixture
@@ -231,15 +232,12 @@ def test_a_worker_without_the_same_client_files_is_named_before_any_work(
     if change == "other":
         write_client_dataset(there, client_arrays[:3])
     mount = f'mount --bind {there} {here} && exec "$@"'
-    other = WorkerProgram(
-        f"unix:{tmp_path}/0", "unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh"
-    )
+    within = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh")
     process = build(model, client_dataset)
-    with remote_workers([*addresses, other.address]):
+    with WorkerProgram(f"unix:{tmp_path}/0", *within) as other, remote_workers([*addresses, other.address]):
         has = "has no client files" if change == "none" else "has other client files"
         with pytest.raises(ValueError, match=f"^worker {other.address} {has} in {here}"):
             process.next(None, CLIENTS)
-    other.stop()
 
 
 @pytest.mark.parametrize(
