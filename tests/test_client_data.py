@@ -1,10 +1,12 @@
 import collections
 import concurrent.futures
 import json
+import os
 import pathlib
 import sqlite3
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pandas as pd
@@ -13,7 +15,8 @@ import tensorflow as tf
 import tensorflow_federated as tff
 from conftest import NO_SEED
 
-from tff_fedavg.client_data import ClientDataset, prepare_client_dataset, write_client_dataset
+from tff_fedavg.client_data import ClientDataset, DamagedFilesError, prepare_client_dataset, write_client_dataset
+from tff_fedavg.json_record import read_record, write_record
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -217,8 +220,74 @@ def test_damaged_files_are_found_when_opened(tmp_path, client_arrays, name, dama
         ClientDataset(tmp_path, identity)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"uint8"', '"int8"'),
+        ('"y"', '"z"'),
+        ('"num_clients": 6', '"num_clients": 5'),
+        ('"shape": [\n        4\n      ]', '"shape": [\n        2, 2\n      ]'),
+        ('"format_version": 2', '"format_version": 3'),
+        ('"checksum"', '"check"'),
+        ("{", ""),
+    ],
+)
+def test_a_manifest_that_was_changed_is_not_believed(tmp_path, client_arrays, old, new):
+    write_client_dataset(tmp_path, client_arrays)
+    path = tmp_path / "manifest.json"
+    written = path.read_text()
+    assert old in written
+    path.write_text(written.replace(old, new, 1))
+    with pytest.raises(DamagedFilesError, match=f"^{path} ") as error:
+        ClientDataset(tmp_path, identity)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_examples": 49}, "examples.bin is damaged: its size"),
+        ({"num_clients": 5}, "offsets.bin is damaged: its size"),
+        ({"crc32": {}}, "examples.bin is damaged: its size or checksum"),
+        ({"features": [{"name": "x"}]}, "manifest.json is damaged: KeyError"),
+        ({"features": None}, "manifest.json is damaged: TypeError"),
+        ({"format_version": 1}, "manifest.json has format 1; this version reads 2"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_the_files_is_not_believed_though_its_checksum_is_right(
+    tmp_path, client_arrays, changes, message
+):
+    write_client_dataset(tmp_path, client_arrays)
+    path = tmp_path / "manifest.json"
+    write_record(path, {**read_record(path), **changes})
+    with pytest.raises(DamagedFilesError, match=message):
+        ClientDataset(tmp_path, identity)
+
+
+def test_offsets_that_do_not_divide_the_examples_are_refused_though_their_checksum_is_right(tmp_path, client_arrays):
+    write_client_dataset(tmp_path, client_arrays)
+    path = tmp_path / "manifest.json"
+    for offsets in ([0, 7, 8, 8, 28, 38, 49], [1, 7, 8, 8, 28, 38, 50], [0, 8, 7, 8, 28, 38, 50]):
+        content = np.asarray(offsets, "<i8").tobytes()
+        (tmp_path / "offsets.bin").write_bytes(content)
+        manifest = read_record(path)
+        manifest["crc32"]["offsets.bin"] = zlib.crc32(content)
+        write_record(path, manifest)
+        with pytest.raises(DamagedFilesError, match="offsets.bin is damaged: it does not divide"):
+            ClientDataset(tmp_path, identity)
+
+
+@pytest.mark.parametrize("name", ["examples.bin", "offsets.bin", "manifest.json"])
+def test_what_is_no_file_in_the_place_of_one_is_refused_at_once(tmp_path, client_arrays, name):
+    write_client_dataset(tmp_path, client_arrays)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DamagedFilesError, match=f"{name} .*is a FIFO"):
+        ClientDataset(tmp_path, identity)
+
+
 def test_a_directory_that_is_no_client_dataset_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="is not a client dataset"):
+    with pytest.raises(DamagedFilesError, match="has no client files: its manifest.json is missing"):
         ClientDataset(tmp_path, identity)
 
 
@@ -227,13 +296,14 @@ def test_no_clients_are_refused(tmp_path):
         write_client_dataset(tmp_path, [])
 
 
-def prepare(cache_dir, arrays, seed=0, calls=None):
+def prepare(cache_dir, arrays, seed=0, calls=None, checksums=None):
     def build():
         if calls is not None:
             calls.append(seed)
         return iter(arrays)
 
-    return prepare_client_dataset(cache_dir, {"name": "toy", "seed": seed}, build, identity)
+    key = {"name": "toy", "checksums": checksums or {"toy.csv": "0"}, "seed": seed}
+    return prepare_client_dataset(cache_dir, key, build, identity)
 
 
 def test_prepared_files_are_used_again_and_keyed_by_all_they_depend_on(tmp_path, client_arrays):
@@ -253,14 +323,51 @@ def test_damaged_cache_is_prepared_anew_and_said_so(tmp_path, client_arrays, cap
     np.testing.assert_array_equal(dataset.load(3)["x"], client_arrays[3]["x"])
 
 
+def test_a_cache_in_which_another_file_is_in_the_way_is_refused_and_the_file_kept(tmp_path, client_arrays, capsys):
+    directory = prepare(tmp_path, client_arrays).directory
+    (directory / "examples.bin").write_bytes(b"damaged")
+    (directory / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=f"^{directory} is in the way of client files: remove it"):
+        prepare(tmp_path, client_arrays)
+    assert [path.name for path in directory.iterdir()] == ["notes.txt"]
+    (directory / "notes.txt").unlink()
+    assert prepare(tmp_path, client_arrays).num_clients == 6
+
+
+def test_a_preprocess_fn_that_does_not_fit_leaves_the_cache_as_it_is(tmp_path, client_arrays, capsys):
+    calls = []
+    prepare(tmp_path, client_arrays, calls=calls)
+    key = {"name": "toy", "checksums": {"toy.csv": "0"}, "seed": 0}
+    with pytest.raises(ValueError, match="preprocess_fn"):
+        prepare_client_dataset(tmp_path, key, lambda: [], lambda example: example["x"])
+    prepare(tmp_path, client_arrays, calls=calls)
+    assert len(calls) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_other_data_under_the_same_key_are_told_by_their_checksums_and_a_key_without_them_is_refused(
+    tmp_path, client_arrays
+):
+    assert prepare(tmp_path, client_arrays, checksums={"toy.csv": "1"}).num_clients == 6
+    assert prepare(tmp_path, client_arrays[:3], checksums={"toy.csv": "2"}).num_clients == 3
+    with pytest.raises(ValueError, match="the key has no 'checksums' of the files"):
+        prepare_client_dataset(tmp_path, {"name": "toy"}, lambda: client_arrays, identity)
+
+
 def test_preparation_that_fails_leaves_nothing_behind(tmp_path, client_arrays):
     def broken():
         yield client_arrays[0]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare_client_dataset(tmp_path, {"name": "toy"}, broken, identity)
+        prepare_client_dataset(tmp_path, {"name": "toy", "checksums": {"toy.csv": "0"}}, broken, identity)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_preparation_left_goes_with_the_next(tmp_path, client_arrays):
+    (tmp_path / ".preparing-killed" / "client_dataset").mkdir(parents=True)
+    directory = prepare(tmp_path, client_arrays).directory
+    assert list(tmp_path.iterdir()) == [directory]
 
 
 def test_runs_that_prepare_the_same_at_once_all_get_it(tmp_path, client_arrays):

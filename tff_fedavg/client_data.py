@@ -4,7 +4,7 @@ A `ClientDataset` is a directory of three files, whatever the number of clients:
 
     examples.bin   the examples of client 0, of client 1, ...; each example has the same size
     offsets.bin    K + 1 little-endian int64; client k has the examples offsets[k] to offsets[k + 1]
-    manifest.json  features (name, dtype, shape), counts and checksums; written last
+    manifest.json  features (name, dtype, shape), counts and checksums, also of itself; written last
 
 A federated computation is handed client *ids*, and reads the files where it runs. Passing the examples themselves
 as arguments costs more time than training on them.
@@ -12,15 +12,15 @@ as arguments costs more time than training on them.
 
 import atexit
 import collections
+import contextlib
+import dataclasses
 import hashlib
 import inspect
 import json
 import operator
 import os
 import pathlib
-import shutil
 import sys
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Self
@@ -31,9 +31,13 @@ import tensorflow_federated as tff
 import tqdm
 
 from tff_fedavg import columns
+from tff_fedavg.json_record import read_record, write_record
+from tff_fedavg.regular_file import open_regular
+from tff_fedavg.scratch import scratch_directory
 from tff_fedavg.traced import TracedFunction
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
+_EXAMPLES, _OFFSETS, _MANIFEST = "examples.bin", "offsets.bin", "manifest.json"
 _CHECKSUM_CHUNK = 1 << 24
 
 # (x, y) or (x, y, sample_weight); x and y may be nested.
@@ -41,6 +45,10 @@ Batch = tuple[Any, ...]
 PreprocessFn = Callable[[Mapping[str, tf.Tensor], tf.Tensor], Batch | Mapping[str, Any]]
 
 _PARTS_OF_A_BATCH = ("x", "y", "sample_weight")
+
+
+class DamagedFilesError(ValueError):
+    """The client files of a directory are missing, or are not what was written."""
 
 
 class ClientDataset:
@@ -66,29 +74,18 @@ class ClientDataset:
 
         Raises:
           TypeError: If an argument is of another type.
-          ValueError: If a file is missing, has the wrong size or the wrong checksum, or preprocess_fn does not fit.
+          DamagedFilesError: If a file is missing, or is not what was written.
+          ValueError: If preprocess_fn does not fit.
         """
         if not isinstance(directory, (str, os.PathLike)):
             raise columns.wrong_type("directory", directory, "the path of client files")
         _check_preprocess_fn(preprocess_fn)
         self.directory = pathlib.Path(directory).absolute()
         self.preprocess_fn = preprocess_fn
-        try:
-            manifest = json.loads((self.directory / "manifest.json").read_text())
-        except (OSError, ValueError) as e:
-            raise ValueError(f"{self.directory} is not a client dataset: its manifest.json is unreadable ({e})") from e
-        if manifest["format_version"] != _FORMAT_VERSION:
-            raise ValueError(
-                f"{self.directory} has format {manifest['format_version']}; this version reads {_FORMAT_VERSION}"
-            )
-        for name, crc32 in manifest["crc32"].items():
-            if _crc32(self.directory / name) != crc32:
-                raise ValueError(f"{self.directory / name} is damaged: its checksum differs from the manifest's")
-        self.element_spec = collections.OrderedDict(
-            (f["name"], tf.TensorSpec(f["shape"], f["dtype"])) for f in manifest["features"]
-        )
-        self.record_bytes = sum(_num_bytes(spec) for spec in self.element_spec.values())
-        self._offsets = np.fromfile(self.directory / "offsets.bin", "<i8")
+        manifest = _Manifest.read(self.directory)
+        self.element_spec = manifest.element_spec
+        self.record_bytes = manifest.record_bytes
+        self._offsets = _read_offsets(self.directory, manifest)
         self.num_examples = np.diff(self._offsets)
         self._preprocess = _trace(preprocess_fn, self.element_spec)
 
@@ -167,8 +164,9 @@ class ClientDataset:
         _check_preprocess_fn(preprocess_fn)
         if directory is None:
             # Until the end, since a process that was built on the files outlives this object.
-            directory = tempfile.mkdtemp(prefix="tff_fedavg-")
-            atexit.register(shutil.rmtree, directory, ignore_errors=True)
+            scratch = contextlib.ExitStack()
+            directory = scratch.enter_context(scratch_directory())
+            atexit.register(scratch.close)
         write_client_dataset(directory, clients, num_clients=num_clients)
         try:
             return cls(directory, preprocess_fn)
@@ -227,10 +225,10 @@ class ClientDataset:
         k = tf.cast(client_id, tf.int64)
         in_range = tf.debugging.Assert((k >= 0) & (k < self.num_clients), ["There is no client", k])
         with tf.control_dependencies([in_range]):
-            begin, end = tf.unstack(self._map("offsets.bin", tf.int64, [self.num_clients + 1])[k : k + 2], 2)
+            begin, end = tf.unstack(self._map(_OFFSETS, tf.int64, [self.num_clients + 1])[k : k + 2], 2)
         if not self.num_examples.sum():  # There is no mapping an empty file.
             return tf.zeros([0, self.record_bytes], tf.uint8)
-        return self._map("examples.bin", tf.uint8, [self.num_examples.sum(), self.record_bytes])[begin:end]
+        return self._map(_EXAMPLES, tf.uint8, [self.num_examples.sum(), self.record_bytes])[begin:end]
 
     def _map(self, name: str, dtype: tf.DType, shape: Sequence[int]) -> tf.Tensor:
         """Returns a file as a tensor, mapped into memory: what is not looked at is not read."""
@@ -268,13 +266,13 @@ class ClientDataset:
           uint8 `[n, record_bytes]`: one example a row, for `batch`.
         """
         shape = (int(self._offsets[-1]), self.record_bytes)
-        return np.memmap(self.directory / "examples.bin", np.uint8, "r", shape=shape)[indices]
+        return np.memmap(self.directory / _EXAMPLES, np.uint8, "r", shape=shape)[indices]
 
     def load(self, client_id: int) -> dict[str, np.ndarray]:
         """Returns the stored examples of one client as arrays `[n_k, ...]`, outside any graph."""
         begin, end = self._offsets[client_id : client_id + 2]
         dtype = np.dtype([(name, spec.dtype.as_numpy_dtype, spec.shape) for name, spec in self.element_spec.items()])
-        path = self.directory / "examples.bin"
+        path = self.directory / _EXAMPLES
         records = np.fromfile(path, dtype, count=end - begin, offset=begin * dtype.itemsize)
         return {name: records[name] for name in self.element_spec}
 
@@ -300,7 +298,7 @@ def write_client_dataset(
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        file = open(directory / "examples.bin", "xb")
+        file = open(directory / _EXAMPLES, "xb")
     except FileExistsError as e:
         raise ValueError(
             f"{directory} has client files: open them with ClientDataset(directory, preprocess_fn), or remove them"
@@ -319,24 +317,19 @@ def write_client_dataset(
                     disable=not sys.stderr.isatty(),
                 ),
             )
-        np.asarray(offsets, "<i8").tofile(directory / "offsets.bin")
-        manifest = {
-            "format_version": _FORMAT_VERSION,
-            "num_clients": len(offsets) - 1,
-            "num_examples": offsets[-1],
-            "features": [
-                {"name": name, "dtype": dtype.base.name, "shape": list(dtype.shape)} for name, dtype in features.items()
-            ],
-            "crc32": {name: _crc32(directory / name) for name in ("examples.bin", "offsets.bin")},
-        }
-        (directory / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        np.asarray(offsets, "<i8").tofile(directory / _OFFSETS)
+        element_spec = collections.OrderedDict(
+            (name, tf.TensorSpec(dtype.shape, dtype.base)) for name, dtype in features.items()
+        )
+        crc32 = {name: _crc32(directory / name) for name in (_EXAMPLES, _OFFSETS)}
+        _Manifest(len(offsets) - 1, offsets[-1], element_spec, crc32).write(directory)
     except BaseException:
         _remove_files(directory)
         raise
 
 
 def _remove_files(directory: str | os.PathLike[str]) -> None:
-    for name in ("examples.bin", "offsets.bin", "manifest.json"):
+    for name in (_EXAMPLES, _OFFSETS, _MANIFEST):
         (pathlib.Path(directory) / name).unlink(missing_ok=True)
 
 
@@ -398,30 +391,34 @@ def prepare_client_dataset(
 
     Args:
       cache_dir: The cache directory; made if need be.
-      key: What the client files depend on (checksum of the data, partition, seed, ...), as JSON values. Its "name"
-        starts the name of the directory.
+      key: What the client files depend on (partition, seed, a version of the rules, ...), as JSON values. Its "name"
+        starts the name of the directory, and its "checksums" are of the files that the data come from, by name.
       build_clients: Returns the clients, as for `write_client_dataset`. Not called when the cache has them.
       preprocess_fn: As for `ClientDataset`.
       num_clients: As for `write_client_dataset`.
 
     Raises:
-      ValueError: As `write_client_dataset`.
+      ValueError: As `write_client_dataset`; or if the key has no checksums.
       OSError: If the cache cannot be written.
     """
+    if not key.get("checksums"):
+        raise ValueError(
+            "the key has no 'checksums' of the files that the data come from, by which other data are told from these: "
+            "add them, or take ClientDataset.from_arrays for data in memory"
+        )
     digest = hashlib.sha256(json.dumps({**key, "format": _FORMAT_VERSION}, sort_keys=True).encode()).hexdigest()
     cache_dir = pathlib.Path(cache_dir)
     directory = cache_dir / f"{key['name']}-{digest[:16]}"
-    if directory.exists():
+    if os.path.lexists(directory):
         try:
             return ClientDataset(directory, preprocess_fn)
-        except ValueError as e:
+        except DamagedFilesError as e:
             print(f"{e}; preparing it anew", file=sys.stderr)
-            shutil.rmtree(directory, ignore_errors=True)
+            _remove_client_dataset(directory)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".preparing-", dir=cache_dir, ignore_cleanup_errors=True) as parent:
-            temporary = pathlib.Path(parent) / "client_dataset"
-            temporary.mkdir()
+        with scratch_directory(cache_dir, ".preparing-") as scratch:
+            temporary = scratch / "client_dataset"
             write_client_dataset(temporary, build_clients(), num_clients=num_clients)
             try:
                 temporary.rename(directory)
@@ -429,8 +426,17 @@ def prepare_client_dataset(
                 if not directory.exists():  # Otherwise another run has finished the same work first.
                     raise
     except OSError as e:
-        raise OSError(f"the client files could not be written to {cache_dir}: {e.strerror}") from e
+        raise OSError(f"the client files could not be written to {cache_dir}: {e.strerror or e}") from e
     return ClientDataset(directory, preprocess_fn)
+
+
+def _remove_client_dataset(directory: pathlib.Path) -> None:
+    """Removes client files with their directory; what else is there stays."""
+    try:
+        _remove_files(directory)
+        directory.rmdir()
+    except OSError as e:
+        raise ValueError(f"{directory} is in the way of client files: remove it ({e.strerror})") from e
 
 
 def _as_they_are(example: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
@@ -478,17 +484,94 @@ def _trace(preprocess_fn: PreprocessFn, element_spec: Mapping[str, tf.TensorSpec
     return TracedFunction("preprocess_fn", preprocess, [features, tf.TensorSpec([2], tf.int32)])
 
 
+@dataclasses.dataclass(frozen=True)
+class _Manifest:
+    """What manifest.json says of the other two files.
+
+    Attributes:
+      num_clients: K.
+      num_examples: Those of all clients.
+      element_spec: As of the `ClientDataset`.
+      crc32: CRC-32 of the other files, by name.
+    """
+
+    num_clients: int
+    num_examples: int
+    element_spec: Mapping[str, tf.TensorSpec]
+    crc32: Mapping[str, int]
+
+    @property
+    def record_bytes(self) -> int:
+        """Size of one example."""
+        return sum(map(_num_bytes, self.element_spec.values()))
+
+    @classmethod
+    def read(cls, directory: pathlib.Path) -> Self:
+        """Reads it, and holds the other files against it.
+
+        Raises:
+          DamagedFilesError: If it is missing or damaged, or they are.
+        """
+        path = directory / _MANIFEST
+        try:
+            content = read_record(path)
+            if content["format_version"] != _FORMAT_VERSION:
+                raise ValueError(f"{path} has format {content['format_version']}; this version reads {_FORMAT_VERSION}")
+            element_spec = collections.OrderedDict(
+                (f["name"], tf.TensorSpec(f["shape"], f["dtype"])) for f in content["features"]
+            )
+            manifest = cls(content["num_clients"], content["num_examples"], element_spec, content["crc32"])
+            sizes = {
+                _EXAMPLES: manifest.num_examples * manifest.record_bytes,
+                _OFFSETS: (manifest.num_clients + 1) * np.dtype(np.int64).itemsize,
+            }
+        except FileNotFoundError as e:
+            raise DamagedFilesError(f"{directory} has no client files: its {_MANIFEST} is missing") from e
+        except ValueError as e:
+            raise DamagedFilesError(str(e)) from e
+        except (KeyError, TypeError) as e:
+            raise DamagedFilesError(f"{path} is damaged: {e!r}") from e
+        for name, size in sizes.items():
+            try:
+                found = (directory / name).stat().st_size, _crc32(directory / name)
+            except OSError as e:
+                raise DamagedFilesError(f"{directory / name} is damaged: {e.strerror or e}") from e
+            if found != (size, manifest.crc32.get(name)):
+                raise DamagedFilesError(f"{directory / name} is damaged: its size or checksum is not the manifest's")
+        return manifest
+
+    def write(self, directory: pathlib.Path) -> None:
+        """Writes it."""
+        features = [
+            {"name": name, "dtype": spec.dtype.name, "shape": spec.shape.as_list()}
+            for name, spec in self.element_spec.items()
+        ]
+        content = {
+            "format_version": _FORMAT_VERSION,
+            "num_clients": self.num_clients,
+            "num_examples": self.num_examples,
+            "features": features,
+            "crc32": self.crc32,
+        }
+        write_record(directory / _MANIFEST, content)
+
+
+def _read_offsets(directory: pathlib.Path, manifest: _Manifest) -> np.ndarray:
+    """Returns where the examples of each client begin, and the last end: int64 `[K + 1]`."""
+    offsets = np.fromfile(directory / _OFFSETS, "<i8")
+    if offsets[0] != 0 or offsets[-1] != manifest.num_examples or (np.diff(offsets) < 0).any():
+        raise DamagedFilesError(f"{directory / _OFFSETS} is damaged: it does not divide the examples among clients")
+    return offsets
+
+
 def _num_bytes(spec: tf.TensorSpec) -> int:
     return spec.shape.num_elements() * spec.dtype.size
 
 
-def _crc32(path: pathlib.Path) -> int | None:
-    """Returns the CRC-32 of a file, None for a file that is missing."""
+def _crc32(path: pathlib.Path) -> int:
+    """Returns the CRC-32 of a file."""
     crc32 = 0
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(_CHECKSUM_CHUNK):
-                crc32 = zlib.crc32(chunk, crc32)
-    except FileNotFoundError:
-        return None
+    with open_regular(path) as file:
+        while chunk := file.read(_CHECKSUM_CHUNK):
+            crc32 = zlib.crc32(chunk, crc32)
     return crc32

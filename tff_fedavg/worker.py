@@ -7,7 +7,6 @@ import contextlib
 import functools
 import os
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import grpc
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from tff_fedavg.scratch import scratch_directory
 from tff_fedavg.worker_process import WorkerProcess, processor_seconds
 
 _MAX_LOSSES_PER_COMPUTATION = 3
@@ -234,7 +234,7 @@ class LocalWorker(Worker):
         self._start_process(confined=False)
 
     def _start_process(self, confined):
-        with tempfile.TemporaryDirectory(prefix="tff_fedavg-") as directory:  # Only its owner can enter it.
+        with scratch_directory() as directory:  # Only its owner can enter it.
             address = f"unix:{directory}/socket"
             self._process = WorkerProcess(address, confined=confined)
             is_ready = self._process.listens(_SECONDS_TO_GET_READY)
