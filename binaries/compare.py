@@ -17,8 +17,9 @@ from absl import flags
 from binaries.command_line import program, run_dirs
 from binaries.experiment import Experiment
 from binaries.experiment.record import SETTINGS
-from tff_fedavg import learning_curve, run_directory
+from tff_fedavg import run_directory
 from tff_fedavg.learning_curve import Target
+from tff_fedavg.metrics_table import ROUND_FIELD
 from tff_fedavg.replacement import replacement
 
 _ROUNDS, _SECONDS, _MEGABYTES = "rounds", "seconds", "megabytes"
@@ -55,7 +56,7 @@ class _Run:
     def x(self, unit: str) -> np.ndarray | None:
         """Returns, for each row, the rounds, seconds or megabytes up to it; None if the run has not counted them."""
         if unit == _ROUNDS:
-            return np.array([row[learning_curve.ROUND_FIELD] for row in self.metrics])
+            return np.array([row[ROUND_FIELD] for row in self.metrics])
         field, scale = {_SECONDS: ("training_time_in_seconds", 1), _MEGABYTES: ("bytes_up", 1e-6)}[unit]
         if not any(field in row for row in self.metrics):
             return None
@@ -91,11 +92,11 @@ def _read(paths: Sequence[pathlib.Path]) -> list[_Run]:
     runs = []
     for path in paths:
         experiment = run_dirs.read_experiment(path)
-        metrics = learning_curve.read_metrics(path / "metrics.csv")
+        metrics = run_directory.read_metrics(path)
         if not metrics:
             raise ValueError(f"run_dir={path} has no metrics yet")
         # Runs of the first version have not kept their target: it was an accuracy.
-        target = run_directory.read_config(path).get("target", {"value": experiment.target_accuracy})
+        target = run_directory.read_config(path)["target"] or {"value": experiment.target_accuracy}
         runs.append(_Run(str(path.relative_to(common)), experiment, Target(**target), metrics))
     return runs
 

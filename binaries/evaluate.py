@@ -22,7 +22,6 @@ from absl import flags
 from binaries.command_line import program, saved_run, worker_flags
 from binaries.experiment import Experiment
 from binaries.experiment.record import SETTINGS
-from tff_fedavg import saved_state
 from tff_fedavg.replacement import replacement
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def main() -> None:
     from binaries.experiment.process import choose_target
     from tff_fedavg.evaluation import for_all_clients
 
-    weights = saved_state.load_weights(run_dir, round_number)
+    weights = saved_run.load_weights(run_dir, round_number)
     with workers.start():
         task = saved_run.build_task(run_dir, experiment)
         target = choose_target(experiment, task)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from absl import flags, logging
 
 from binaries.command_line import program, saved_run
-from tff_fedavg import learning_curve, saved_state
+from tff_fedavg import run_directory
+from tff_fedavg.metrics_table import ROUND_FIELD
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -38,7 +39,7 @@ def main() -> None:
     if logging.get_verbosity() <= logging.WARNING:
         tf.get_logger().setLevel("ERROR")  # It warns that a model for use has no optimizer.
     task = saved_run.build_task(run_dir, experiment)
-    model = _model(task, saved_state.load_weights(run_dir, round_number))
+    model = _model(task, saved_run.load_weights(run_dir, round_number))
     _save(model, output)
     inputs = tf.nest.map_structure(lambda spec: f"{spec.dtype.name} {spec.shape.as_list()}", task.train.batch_spec[0])
     print(f"{output}: {model.count_params():,} parameters, for {inputs}")
@@ -89,8 +90,8 @@ def _save(model: "tf.keras.Model", output: pathlib.Path) -> None:
 
 def _measured(run_dir: pathlib.Path, round_number: int) -> str:
     """Returns what the run has measured in a round; empty if nothing."""
-    rows = learning_curve.read_metrics(run_dir / "metrics.csv")
-    row = next((row for row in rows if row[learning_curve.ROUND_FIELD] == round_number), {})
+    rows = run_directory.read_metrics(run_dir)
+    row = next((row for row in rows if row[ROUND_FIELD] == round_number), {})
     prefix = "evaluation/"
     return ", ".join(f"{n.removeprefix(prefix)} {value:.4f}" for n, value in row.items() if n.startswith(prefix))
 

@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 from numpy_model import max_difference
 
-from tff_fedavg import CentralizedSGD, build_fed_sgd, learning_curve, training
+from tff_fedavg import CentralizedSGD, build_fed_sgd, learning_curve, metrics_table, training
 from tff_fedavg.client_data import ClientDataset, write_client_dataset
 from tff_fedavg.run_directory import RunDirectory
 
@@ -103,6 +103,7 @@ def test_resumed_run_gives_bit_equal_weights_and_evaluates_the_rounds_asked_for(
 
     def run(path, total_rounds):
         directory = RunDirectory(path)
+        directory.start({}, {}, learning_curve.Target(None))
         state = training.train(
             process,
             directory,
@@ -112,7 +113,7 @@ def test_resumed_run_gives_bit_equal_weights_and_evaluates_the_rounds_asked_for(
             total_rounds=total_rounds,
             rounds_per_evaluation=4,
         )
-        return state, learning_curve.evaluations(learning_curve.read_metrics(directory.metrics_csv))
+        return state, learning_curve.evaluations(metrics_table.read_metrics(directory.metrics_csv))
 
     straight, curve = run(tmp_path / "straight", 12)
     for total_rounds in (6, 12):

@@ -12,8 +12,9 @@ from conftest import NO_SEED, ROOT
 
 import tasks
 import tff_fedavg
-from tff_fedavg import distribution, learning_curve, models, saved_state
+from tff_fedavg import distribution, metrics_table, models, saved_state
 from tff_fedavg.learning_curve import Target
+from tff_fedavg.run_directory import read_config
 
 
 def run_program(*flags):
@@ -34,7 +35,7 @@ def rows_of(path):
 
 
 def test_test_metrics_are_those_of_the_run(short_run, tmp_path):
-    row = learning_curve.read_metrics(short_run / "metrics.csv")[-1]
+    row = metrics_table.read_metrics(short_run / "metrics.csv")[-1]
     lines = evaluate_run(short_run, tmp_path, "--round=3")
     expected = f"loss {row['evaluation/loss']:.4f}, accuracy {row['evaluation/accuracy']:.4f}"
     assert lines == [
@@ -48,7 +49,9 @@ def test_each_client_has_the_accuracy_that_plain_keras_finds(short_run, tmp_path
     lines = evaluate_run(short_run, tmp_path, "--split=train")
     rows = rows_of(tmp_path / "round_3_train.csv")
     task = tasks.build_task("mnist_2nn", data="embedded", cache_dir=short_run.parent / "cache")
-    model = tff_fedavg.keras_model(models.mnist_2nn, saved_state.load_weights(short_run, 3))
+    model = tff_fedavg.keras_model(
+        models.mnist_2nn, saved_state.load_weights(short_run, 3, run=read_config(short_run)["run"])
+    )
     accuracies = []
     for k in range(100):
         records = task.train.read(tf.constant(k))
@@ -87,7 +90,7 @@ def test_personalization_has_a_row_per_client_and_its_numbers_are_those_of_the_r
         (["--personalize_epochs=1", "--learning_rate=0"], "--learning_rate=0.0: take a number above 0"),
         (["--personalize_epochs=1", "--split=train"], "--split is of no use with --personalize_epochs"),
         (["--split=all"], "--split=all"),
-        (["--round=1"], "has no state of round 1: take one of [3]"),
+        (["--round=1"], "has no state of round 1: take one of [0, 3]"),
     ],
 )
 def test_bad_flags_get_one_line_at_once(short_run, flags, message):

@@ -15,7 +15,7 @@ from tensorflow.keras import layers
 
 import tasks
 import tff_fedavg
-from tff_fedavg import learning_curve, models, saved_state
+from tff_fedavg import learning_curve, metrics_table, models, saved_state
 
 SPARSE = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -73,13 +73,14 @@ def test_plain_keras_measures_what_the_run_measured(short_run, test_set, exporte
     path, result = exported
     assert (result.returncode, result.stderr) == (0, "")
     assert path.is_dir() == (path.suffix == "")
-    _, accuracies = learning_curve.evaluations(learning_curve.read_metrics(short_run / "metrics.csv"))
+    _, accuracies = learning_curve.evaluations(metrics_table.read_metrics(short_run / "metrics.csv"))
     found = in_plain_keras(path, test_set)
     assert found["accuracy"] == pytest.approx(accuracies[-1], abs=1e-6)
     assert found["imported"] == []
     lines = result.stdout.splitlines()
     assert lines[1] == f"{path}: 199,210 parameters, for float32 [None, 28, 28]"
-    assert lines[2].startswith(f"on the test set of mnist_2nn: accuracy {accuracies[-1]:.4f}, loss ")
+    assert lines[2].startswith("on the test set of mnist_2nn: loss ")
+    assert lines[2].endswith(f", accuracy {accuracies[-1]:.4f}")
 
 
 def test_what_is_there_is_replaced_only_when_that_is_asked_for(short_run, exported, tmp_path):
@@ -103,7 +104,7 @@ def test_what_is_there_is_replaced_only_when_that_is_asked_for(short_run, export
         (["--output={}", "--overwrite"], "exists, and is no model: take another name"),
         (["--output={}/model"], "--run_dir is missing"),
         (["--output={}/model", "--run_dir={}/missing"], "missing holds no run"),
-        (["--output={}/model", "--run_dir={run}", "--round=2"], "has no state of round 2: take one of [3]"),
+        (["--output={}/model", "--run_dir={run}", "--round=2"], "has no state of round 2: take one of [0, 3]"),
         (["--output={}/model", "--run_dir={run}", "--round=two"], "--round=two"),
     ],
 )
@@ -118,19 +119,23 @@ def test_bad_flags_get_one_line_at_once(tmp_path, short_run, flags, message):
 
 
 def test_damaged_state_is_told_and_nothing_is_written(short_run, tmp_path):
-    state = tmp_path / "run" / "states" / "program_state_7"
-    state.mkdir(parents=True)
-    (state / "saved_model.pb").write_bytes(b"")
+    states = tmp_path / "run" / "states"
+    states.mkdir(parents=True)
+    content = (short_run / "states" / "round_3.npz").read_bytes()
+    (states / "round_3.npz").write_bytes(content)
+    (states / "round_7.npz").write_bytes(content[:-1])
     (tmp_path / "run" / "config.json").write_bytes((short_run / "config.json").read_bytes())
     result = export(f"--run_dir={tmp_path}/run", f"--cache_dir={short_run.parent}/cache", f"--output={tmp_path}/model")
     assert result.returncode == 2
-    assert result.stderr == f"export: {state} is damaged: take another of the rounds [7]\n"
+    assert result.stderr.startswith(f"export: {states / 'round_7.npz'} is damaged (")
+    assert result.stderr.endswith("); the other saved rounds are [3]\n") and result.stderr.count("\n") == 1
     assert not (tmp_path / "model").exists()
 
 
 def test_saved_rounds_are_those_of_whole_states(tmp_path):
-    for name in ("program_state_10", "program_state_9", "program_state_11_temp1234", "damaged_program_state_8_1"):
-        (tmp_path / "states" / name).mkdir(parents=True)
+    (tmp_path / "states").mkdir()
+    for name in ("round_10.npz", "round_9.npz", "round_11.npz.tmp", "damaged_1_round_8.npz", "round_x.npz"):
+        (tmp_path / "states" / name).write_bytes(b"")
     assert saved_state.saved_rounds(tmp_path) == [9, 10]
     assert saved_state.choose_round(tmp_path) == 10
     with pytest.raises(ValueError, match="has no saved state"):

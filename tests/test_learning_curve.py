@@ -78,13 +78,13 @@ def test_without_a_value_no_round_reaches_it():
     assert Target(None).rounds([0, 1], [0.5, 1.0]) is None
 
 
-def test_metrics_are_read_back_as_they_were_written_with_gaps(tmp_path):
-    path = tmp_path / "metrics.csv"
-    path.write_text("round_num,evaluation/accuracy,loss\n0,0.5,\n1,,2.5\n2,0.75,1.5\n")
-    rows = learning_curve.read_metrics(path)
-    assert rows[1] == {"round_num": 1.0, "loss": 2.5}
+def test_the_evaluations_are_the_rows_that_have_the_metric():
+    rows = [
+        {"round_num": 0.0, "evaluation/accuracy": 0.5},
+        {"round_num": 1.0},
+        {"round_num": 2.0, "evaluation/accuracy": 0.75},
+    ]
     assert learning_curve.evaluations(rows) == ([0, 2], [0.5, 0.75])
-    assert learning_curve.read_metrics(tmp_path / "missing.csv") == []
 
 
 def test_plot_draws_a_picture_and_leaves_no_temporary_file(tmp_path):

@@ -292,7 +292,7 @@ def test_a_run_goes_on_after_its_workers_were_gone(programs, addresses, tmp_path
     assert trained.returncode == 2
     assert errors.splitlines()[-1] == "train: no worker could be reached for 1 s"
     rounds = len(metrics.read_text().splitlines()) - 2
-    assert (run_dir / "states" / f"program_state_{rounds}").is_dir()
+    assert (run_dir / "states" / f"round_{rounds}.npz").is_file()
     command[-1:] = ["--worker_timeout=20", f"--workers={','.join(addresses)}", f"--rounds={rounds + 2}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert f"going on after round {rounds} of" in result.stdout, result.stderr

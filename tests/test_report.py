@@ -1,7 +1,6 @@
 """RESULTS.md, against numbers worked out by hand from runs that are written by hand."""
 
 import csv
-import json
 import pathlib
 import shutil
 
@@ -10,7 +9,9 @@ import pytest
 
 from binaries.reproduction import plan, published, report
 from binaries.reproduction.claims import Claim
+from binaries.reproduction.outcome import write_outcome
 from binaries.reproduction.published import Cell
+from tff_fedavg.json_record import write_record
 
 ROOT = pathlib.Path(__file__).parent.parent
 FED_SGD = Cell("mnist_2nn", "iid", "fedsgd", 0.1, 1, None)
@@ -27,7 +28,7 @@ def record(results_dir, run, rows, ended="target", date="2017-04-20"):
         writer = csv.writer(file)
         writer.writerow(["round_num", "evaluation/accuracy", "evaluation/train_loss"])
         writer.writerows(rows)
-    (directory / "config.json").write_text(json.dumps({"settings": run.experiment.to_json()}))
+    write_record(directory / "config.json", {"settings": run.experiment.to_json()})
     accuracies = [row[1] for row in rows]
     outcome = {
         "ended": ended,
@@ -37,7 +38,7 @@ def record(results_dir, run, rows, ended="target", date="2017-04-20"):
         "training_seconds": 1.0,
         "date": date,
     }
-    (directory / "outcome.json").write_text(json.dumps(outcome))
+    write_outcome(directory, outcome, "metrics.csv")
 
 
 def grid_of(cell, table):
@@ -57,9 +58,10 @@ def results_dir(tmp_path_factory):
     record(path, fast.run(0.215), [(0, 0.1, ""), (80, 0.97, "")])
     large = next(curve.grid for curve in plan.figures()[8].curves if (curve.panel, curve.label) == ("iid", "E=5"))
     record(path, large.run(0.215), [(0, 0.1, 2.3), (5, 0.9, 0.06)], ended="cap")
-    figure_1 = path / "runs" / "figure_1-shared" / "losses.csv"
-    figure_1.parent.mkdir()
-    figure_1.write_text("theta,loss\n-0.2,0.9\n0.0,0.5\n0.5,0.4\n1.0,0.45\n1.2,0.8\n")
+    figure_1 = path / "runs" / "figure_1-shared"
+    figure_1.mkdir()
+    (figure_1 / "losses.csv").write_text("theta,loss\n-0.2,0.9\n0.0,0.5\n0.5,0.4\n1.0,0.45\n1.2,0.8\n")
+    write_outcome(figure_1, {"date": "2017-04-20"}, "losses.csv")
     report.write(path)
     return path
 

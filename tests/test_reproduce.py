@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import functools
-import json
 import pathlib
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 
 from binaries.experiment import runner
 from binaries.reproduction import execution, figure_1, plan
+from binaries.reproduction.outcome import write_outcome
 from binaries.reproduction.published import Cell
 from tff_fedavg.learning_curve import Target
 from tff_fedavg.training import DivergedError, Progress
@@ -38,7 +38,8 @@ def record(results_dir, run, rounds_to_target, *, ended="target", best_accuracy=
         "training_seconds": 1.0,
         "date": "2017-04-20",
     }
-    (directory / "outcome.json").write_text(json.dumps(outcome))
+    (directory / "metrics.csv").write_text("round_num\n")
+    write_outcome(directory, outcome, "metrics.csv")
 
 
 def all_runs():
@@ -267,7 +268,8 @@ def test_error_of_a_run_leaves_out_its_task_and_the_others_are_run(tmp_path):
     assert result.returncode == 2
     first, last = result.stderr.splitlines()
     assert first == (
-        f"reproduce: mnist_2nn-iid-C0.1-E1-B10/eta0.1: {damaged} is damaged: give another run_dir, or remove this one"
+        f"reproduce: mnist_2nn-iid-C0.1-E1-B10/eta0.1: {damaged} is damaged: Expecting property name enclosed in "
+        "double quotes: line 1 column 2 (char 1); give another run_dir, or remove this one"
     )
     assert last == "reproduce: mnist_2nn: left out after an error, which is above"
     assert "mnist_cnn-iid-C0.1-E1-B10/eta0.215-train_loss: 2 rounds" in result.stdout

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from binaries.experiment import Experiment, runner
 from binaries.experiment.observer import Observer
-from tff_fedavg.learning_curve import read_metrics
+from tff_fedavg.metrics_table import read_metrics
 
 OWN_TASK = "docs/examples/auto_mpg.py"
 TASK_WITH_DROPOUT = """
@@ -59,9 +59,8 @@ class StopAfter(Observer):
 
 def saved(run_dir, round_number):
     """The saved values of a round, of the state's weights and optimizer alike."""
-    reader = tf.train.load_checkpoint(run_dir / "states" / f"program_state_{round_number}" / "variables" / "variables")
-    names = [name for name in reader.get_variable_to_shape_map() if "OBJECT_GRAPH" not in name]
-    return {name: np.asarray(reader.get_tensor(name)) for name in names}
+    with np.load(run_dir / "states" / f"round_{round_number}.npz") as state:
+        return {name: state[name] for name in state if name not in ("run", "metrics")}
 
 
 def test_a_run_with_dropout_regularisers_and_optimizers_resumes_bit_for_bit(tmp_path):

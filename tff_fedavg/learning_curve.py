@@ -4,19 +4,16 @@ The paper makes each curve monotone ("the best value of test-set accuracy achiev
 the point where it crosses the target, by linear interpolation between the evaluations.
 """
 
-import csv
 import dataclasses
 import math
 import numbers
 import os
-import pathlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from tff_fedavg.metrics_table import ROUND_FIELD
 from tff_fedavg.replacement import replacement
-
-ROUND_FIELD = "round_num"
 
 # Height of a picture, in multiples of the error rate at the target.
 _SHOWN_ERRORS = 4
@@ -77,15 +74,6 @@ class Target:
         # `np.interp` wants ascending values.
         sign = -1 if self.lower_is_better else 1
         return float(np.interp(sign * self.value, sign * best[i - 1 : i + 1], rounds[i - 1 : i + 1]))
-
-
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """Reads the rows of a run's metrics.csv, without the cells that are empty. Without a file there are none."""
-    path = pathlib.Path(path)
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def evaluations(metrics: Sequence[dict[str, float]], metric: str = "accuracy") -> tuple[list[int], list[float]]:

@@ -1,24 +1,26 @@
 """The round loop: sample, train, evaluate, release metrics, save the state; resume where an earlier run stopped.
 
-Like `tff.simulation.run_training_process`, over the same managers, and with what that lacks: a stop at a target
-accuracy, a stop when the loss is no longer finite, and a fall back to an older state when the newest is damaged.
+Like `tff.simulation.run_training_process`, and with what that lacks: a stop at a target accuracy, a stop when the loss
+is no longer finite, and a fall back to an older state when the newest is damaged. The state is the truth: it has the
+metrics up to its round, from which metrics.csv is mended.
 """
 
 import asyncio
 import collections
 import concurrent.futures
 import dataclasses
-import pathlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_fedavg import learning_curve
+from tff_fedavg import learning_curve, saved_state
 from tff_fedavg.centralized import CentralizedSGD
 from tff_fedavg.learning_curve import Target
+from tff_fedavg.metrics_table import MetricsTable, read_metrics
 from tff_fedavg.run_directory import RunDirectory
 
 _SECONDS_BETWEEN_SAVES = 30.0
@@ -63,7 +65,7 @@ def train(
     also_released: Mapping[str, float] | None = None,
     on_start: Callable[[int], None] = lambda round_number: None,
     on_round: Callable[[Progress], None] = lambda progress: None,
-    on_damaged: Callable[[pathlib.Path, Exception], None] = lambda path, error: None,
+    on_mended: Callable[[str], None] = lambda message: None,
 ) -> Any:
     """Trains until `total_rounds` or until an evaluation reaches the target, from where `directory` stopped.
 
@@ -82,7 +84,8 @@ def train(
       also_released: What is released with the metrics of each round, such as the bytes that are sent.
       on_start: Called once with the round that training goes on after, 0 for a new run.
       on_round: Called after each round.
-      on_damaged: Called for each state that cannot be read and is left aside for the one before it.
+      on_mended: Called with a line for each file that is not what was written: a state that is left aside for the one
+        before it, or a table that is written anew.
 
     Returns:
       The final state.
@@ -91,15 +94,18 @@ def train(
       DivergedError: If no client had a finite update in three rounds on end, or SGD's loss or weights are not finite.
         The state before the last round is saved.
       NotSavedError: If the disk is full, or a file cannot be written for another reason.
+      ValueError: If something else is in the place of a file.
     """
-    state_manager = tff.program.FileProgramStateManager(directory.states, keep_total=3, keep_first=False)
-    state, saved_round = _load_latest_state(process, state_manager, directory.states, on_damaged)
-    release_managers = [
-        tff.program.CSVFileReleaseManager(directory.metrics_csv, key_fieldname=learning_curve.ROUND_FIELD),
-        tff.program.TensorBoardReleaseManager(directory.tensorboard),
-    ]
-    rounds, values = learning_curve.evaluations(learning_curve.read_metrics(directory.metrics_csv), target.metric)
-    best = target.best(v for r, v in zip(rounds, values) if r <= saved_round)
+    state, saved_round, saved_metrics = _load_latest_state(process, directory, on_mended)
+    table = MetricsTable(directory.metrics_csv)
+    try:
+        if mended := table.restore(saved_metrics, saved_round):
+            on_mended(mended)
+        tensorboard = tff.program.TensorBoardReleaseManager(directory.tensorboard)
+    except (OSError, tf.errors.OpError) as e:
+        raise NotSavedError(f"the metrics cannot be written to {directory.path}: {e}") from e
+    _, values = learning_curve.evaluations(read_metrics(directory.metrics_csv), target.metric)
+    best = target.best(values)
     lost_rounds = 0
     saved_at = time.monotonic()
 
@@ -110,8 +116,8 @@ def train(
             metrics.update((f"evaluation/{name}", float(value)) for name, value in evaluation.items())
             best = target.best([*([] if best is None else [best]), metrics[target.field]])
         try:
-            for manager in release_managers:
-                _run(manager.release(metrics, key=round_number))
+            table.append(round_number, metrics)
+            _run(tensorboard.release(metrics, key=round_number))
         except Exception as e:
             raise NotSavedError(f"the metrics of round {round_number} could not be written: {e}") from e
         on_round(Progress(round_number, metrics, target, best))
@@ -120,17 +126,19 @@ def train(
         nonlocal saved_round, saved_at
         if round_number != saved_round:
             try:
-                _run(state_manager.save(state, round_number))
-            except Exception as e:
+                saved_state.save_state(directory.path, round_number, state, run=directory.run, metrics=table.content)
+            except OSError as e:
                 raise NotSavedError(f"the state of round {round_number} could not be written: {e}") from e
         saved_round = round_number
         saved_at = time.monotonic()
 
-    round_number = max(saved_round, 0)
-    on_start(round_number)
+    round_number = saved_round
+    on_start(max(round_number, 0))
     try:
-        if saved_round < 0:
+        if round_number < 0:
             finish_round(0, collections.OrderedDict(), state)
+            round_number = 0
+            save(round_number, state)
         while round_number < total_rounds and not target.is_reached(best):
             start = time.monotonic()
             output = process.next(state, training_selection_fn(round_number + 1))
@@ -146,21 +154,28 @@ def train(
             if time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES:
                 save(round_number, state)
     finally:
-        save(round_number, state)
+        if round_number >= 0:
+            save(round_number, state)
     return state
 
 
-def _load_latest_state(process, state_manager, directory, on_damaged):
-    """Returns the newest saved state that can be read and its round; the initial state and -1 if there is none."""
+def _load_latest_state(process, directory, on_mended):
+    """Returns the newest saved state that is good, its round, and the metrics up to it.
+
+    Without one it is the initial state, and -1.
+    """
     state = process.initialize()
-    for version in reversed(_run(state_manager.get_versions()) or []):
+    saved_state.remove_unfinished(directory.path)
+    for round_number in reversed(saved_state.saved_rounds(directory.path)):
         try:
-            return _run(state_manager.load(version, state)), version
-        except Exception as e:  # TF raises many kinds of errors for the many ways in which a SavedModel can be damaged.
-            path = directory / f"program_state_{version}"
-            path.rename(path.with_name(f"damaged_{path.name}_{time.time_ns()}"))
-            on_damaged(path, e)
-    return state, -1
+            good, metrics = saved_state.load_state(directory.path, round_number, state, run=directory.run)
+            return good, round_number, metrics
+        except ValueError as e:
+            path = saved_state.path_of(directory.path, round_number)
+            aside = path.with_name(f"damaged_{time.time_ns()}_{path.name}")
+            path.rename(aside)
+            on_mended(f"{e}: going on from the state before it; it is kept as {aside.name}")
+    return state, -1, b""
 
 
 def _is_lost(metrics):

@@ -1,12 +1,10 @@
 """Progress of a run on the terminal: a bar, or plain lines where stdout is no terminal."""
 
-import pathlib
 import sys
 import time
 
 import tqdm
 
-from binaries.command_line.program import first_line
 from binaries.experiment.observer import Observer
 from tff_fedavg.training import Progress
 
@@ -31,9 +29,9 @@ class ProgressPrinter(Observer):
         if self._bar is not None:
             self._bar.close()
 
-    def report_damaged(self, path: pathlib.Path, error: Exception) -> None:
-        """Says that a saved state cannot be read."""
-        print(f"{path} is damaged ({first_line(error)}): going on from the state before it", file=sys.stderr)
+    def report_mended(self, message: str) -> None:
+        """Says what was wrong with a file of the run."""
+        print(message, file=sys.stderr)
 
     def start(self, round_number: int) -> None:
         """Says where training goes on."""

@@ -11,6 +11,8 @@ from binaries.experiment import Experiment
 from tff_fedavg import run_directory, saved_state
 
 if TYPE_CHECKING:
+    from tensorflow_federated.learning.models import ModelWeights
+
     from tasks.task import Task
 
 _RUN_DIR = flags.DEFINE_string("run_dir", None, "The directory of the run, as binaries.train leaves it.")
@@ -29,6 +31,15 @@ def chosen() -> tuple[pathlib.Path, Experiment, int]:
         raise ValueError("--run_dir is missing: give the directory of a run")
     run_dir = pathlib.Path(os.path.expanduser(_RUN_DIR.value))
     return run_dir, run_dirs.read_experiment(run_dir), saved_state.choose_round(run_dir, _ROUND.value)
+
+
+def load_weights(run_dir: pathlib.Path, round_number: int) -> "ModelWeights":
+    """Returns the model weights of a saved round.
+
+    Raises:
+      ValueError: If its state is damaged, or of another run.
+    """
+    return saved_state.load_weights(run_dir, round_number, run=run_directory.read_config(run_dir)["run"])
 
 
 def build_task(run_dir: pathlib.Path, experiment: Experiment) -> "Task":

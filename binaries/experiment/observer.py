@@ -1,6 +1,5 @@
 """Who is told how a run goes."""
 
-import pathlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,5 +15,5 @@ class Observer:
     def update(self, progress: "Progress") -> None:
         """A round has been run."""
 
-    def report_damaged(self, path: pathlib.Path, error: Exception) -> None:
-        """A saved state cannot be read, and is left aside for the one before it."""
+    def report_mended(self, message: str) -> None:
+        """A file of the run was not what was written, and the run goes on without it, or with what it should be."""

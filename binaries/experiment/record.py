@@ -263,10 +263,11 @@ class Experiment:
         config = run_directory.read_config(run_dir)
         if config is None:
             return None
-        if unknown := sorted(config["settings"].keys() - SETTINGS.keys()):
+        settings = run_directory.settings_of(config)
+        if unknown := sorted(settings.keys() - SETTINGS.keys()):
             raise ValueError(f"run_dir={run_dir} holds a run with {unknown[0]}, which this version does not know")
         try:
-            return cls(**config["settings"])
+            return cls(**settings)
         except ValueError as e:
             raise ValueError(f"run_dir={run_dir} holds a run that this version does not take: {e}") from e
 

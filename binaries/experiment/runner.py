@@ -15,7 +15,8 @@ from tasks.task import Task
 from tff_fedavg import learning_curve, training
 from tff_fedavg.communication import bytes_per_client
 from tff_fedavg.learning_curve import Target
-from tff_fedavg.run_directory import RunDirectory
+from tff_fedavg.metrics_table import ROUND_FIELD
+from tff_fedavg.run_directory import RunDirectory, check_data, read_metrics
 from tff_fedavg.sampling import num_sampled_clients
 
 # Names in metrics.csv.
@@ -61,8 +62,13 @@ def run(
         model = task.build_model(experiment.seed)
         evaluate = build_evaluate(experiment, task, model)
         process, training_selection_fn = build_process(experiment, task, model)
-        # Until here the model may be refused, and then there is no run.
-        directory.start(experiment.to_json(), task.checksums, target)
+        check_data(run_dir, task.checksums)
+
+        def start(round_number: int) -> None:
+            # Until here the model may be refused, and then there is no run.
+            directory.start(experiment.to_json(), task.checksums, target, after_round=round_number)
+            observer.start(round_number)
+
         try:
             training.train(
                 process,
@@ -73,16 +79,16 @@ def run(
                 total_rounds=experiment.rounds,
                 rounds_per_evaluation=experiment.eval_every,
                 also_released=_bytes_sent(experiment, task, process),
-                on_start=observer.start,
+                on_start=start,
                 on_round=observer.update,
-                on_damaged=observer.report_damaged,
+                on_mended=observer.report_mended,
             )
         except training.DivergedError as e:
             rate = experiment.learning_rate
             raise training.DivergedError(f"{e} at learning_rate={rate:g}; {run_dir} keeps the state before it") from e
         finally:
             title = f"{task.name}, {experiment.partition}, {experiment.algorithm}"
-            curve = learning_curve.evaluations(learning_curve.read_metrics(directory.metrics_csv), target.metric)
+            curve = learning_curve.evaluations(read_metrics(run_dir), target.metric)
             learning_curve.plot(directory.learning_curve_png, *curve, target=target, title=title)
     return _outcome(experiment, directory, task, target)
 
@@ -103,9 +109,9 @@ def _bytes_sent(
 
 
 def _outcome(experiment: Experiment, directory: RunDirectory, task: Task, target: Target) -> str:
-    metrics = learning_curve.read_metrics(directory.metrics_csv)
+    metrics = read_metrics(directory.path)
     rounds, values = learning_curve.evaluations(metrics, target.metric)
-    last_round = int(metrics[-1][learning_curve.ROUND_FIELD])
+    last_round = int(metrics[-1][ROUND_FIELD])
     sums = {
         name: sum(row.get(name, 0.0) for row in metrics)
         for name in ("training_time_in_seconds", _BYTES_UP, _BYTES_DOWN, "clients_left_out")

@@ -1,17 +1,16 @@
 """One run of the plan, in a process of the pool: trains, gives a rate up that cannot win, and leaves outcome.json."""
 
 import datetime
-import json
 import pathlib
 import sys
 from collections.abc import Callable
 
-from binaries.command_line.program import first_line
 from binaries.experiment.observer import Observer
 from binaries.experiment.workers import Workers
-from binaries.reproduction.plan import SLOWER, Run, read_outcome
-from tff_fedavg import learning_curve
-from tff_fedavg.replacement import replacement
+from binaries.reproduction.outcome import read_outcome, write_outcome
+from binaries.reproduction.plan import SLOWER, Run
+from tff_fedavg import learning_curve, run_directory
+from tff_fedavg.metrics_table import ROUND_FIELD
 
 
 class _GivenUpError(Exception):
@@ -58,8 +57,7 @@ def execute(
     except _GivenUpError:
         ended = "slower"
     outcome = _outcome(run, directory, ended)
-    with replacement(directory / "outcome.json") as temporary:
-        temporary.write_text(json.dumps(outcome, indent=2) + "\n")
+    write_outcome(directory, outcome, "metrics.csv")
     reached = outcome["rounds_to_target"]
     return (
         f"{outcome['rounds']} rounds, best accuracy {outcome['best_accuracy']:.4f}"
@@ -87,8 +85,8 @@ class _Observer(Observer):
             if not is_reached and progress.round_number >= SLOWER * self._fewest_rounds():
                 raise _GivenUpError
 
-    def report_damaged(self, path: pathlib.Path, error: Exception) -> None:
-        print(f"{path} is damaged ({first_line(error)}): going on from the state before it", file=sys.stderr)
+    def report_mended(self, message: str) -> None:
+        print(message, file=sys.stderr)
 
     def _fewest_rounds(self) -> float:
         """Returns the rounds to the target of the best other rate so far; infinity if there is none."""
@@ -97,14 +95,14 @@ class _Observer(Observer):
 
 
 def _outcome(run: Run, directory: pathlib.Path, ended: str | None) -> dict:
-    metrics = learning_curve.read_metrics(directory / "metrics.csv")
+    metrics = run_directory.read_metrics(directory)
     rounds, accuracies = learning_curve.evaluations(metrics)
     reached = None
     if run.grid.target is not None:
         reached = learning_curve.Target(run.grid.target).rounds(rounds, accuracies)
     return {
         "ended": ended or ("cap" if reached is None else "target"),
-        "rounds": int(metrics[-1][learning_curve.ROUND_FIELD]),
+        "rounds": int(metrics[-1][ROUND_FIELD]),
         "rounds_to_target": reached,
         "best_accuracy": max(accuracies),
         "training_seconds": round(sum(row.get("training_time_in_seconds", 0.0) for row in metrics), 1),

@@ -5,18 +5,21 @@ Both parents are a round of Federated Averaging with one client of the IID parti
 """
 
 import csv
+import datetime
 import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from binaries.experiment.workers import Workers
+from binaries.reproduction.outcome import read_outcome, write_outcome
 from tff_fedavg.replacement import replacement
 
 # The seeds of w_0 for the two parents, by panel.
 PANELS = {"independent": (0, 1), "shared": (0, 0)}
 THETAS = np.linspace(-0.2, 1.2, 50)
 
+_LOSSES_CSV = "losses.csv"
 _FIELDS = ("theta", "loss")
 
 
@@ -27,10 +30,10 @@ def name(panel: str) -> str:
 
 def read(results_dir: pathlib.Path, panel: str) -> list[tuple[float, float]]:
     """Returns theta and the loss of the mixture, for each theta; nothing if it has not been run."""
-    path = _path(results_dir, panel)
-    if not path.exists():
+    directory = _directory(results_dir, panel)
+    if read_outcome(directory) is None:
         return []
-    with open(path, newline="") as file:
+    with open(directory / _LOSSES_CSV, newline="") as file:
         return [(float(row["theta"]), float(row["loss"])) for row in csv.DictReader(file)]
 
 
@@ -87,13 +90,14 @@ def execute(
             weights = tff.learning.models.ModelWeights(tuple(mix(*parents, theta)), ())
             losses.append(float(fed_eval(weights, clients)["loss"]))
             say(f"theta {theta:.2f}, loss {losses[-1]:.4f}")
-    path = _path(results_dir, panel)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacement(path) as temporary, open(temporary, "w", newline="") as file:
+    directory = _directory(results_dir, panel)
+    directory.mkdir(parents=True, exist_ok=True)
+    with replacement(directory / _LOSSES_CSV) as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows([_FIELDS, *zip(THETAS.round(6).tolist(), losses)])
+    write_outcome(directory, {"date": datetime.date.today().isoformat()}, _LOSSES_CSV)
     best = int(np.argmin(losses))
     return f"lowest loss {losses[best]:.4f} at theta {THETAS[best]:.2f}, highest {max(losses):.4f}"
 
 
-def _path(results_dir: pathlib.Path, panel: str) -> pathlib.Path:
-    return results_dir / "runs" / name(panel) / "losses.csv"
+def _directory(results_dir: pathlib.Path, panel: str) -> pathlib.Path:
+    return results_dir / "runs" / name(panel)

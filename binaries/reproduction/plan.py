@@ -5,7 +5,6 @@ A run is kept by what it computes, not by the table or figure that shows it: sev
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 import statistics
@@ -14,6 +13,7 @@ from typing import Any
 
 from binaries.experiment import Experiment
 from binaries.reproduction import published
+from binaries.reproduction.outcome import read_outcome
 from binaries.reproduction.published import Cell
 from tff_fedavg import learning_curve
 
@@ -132,7 +132,7 @@ class Run:
         return results_dir / "runs" / self.name
 
     def outcome(self, results_dir: pathlib.Path) -> Mapping[str, Any] | None:
-        """Returns outcome.json of the run; None if it has not ended.
+        """Returns outcome.json of the run; None if it has not ended, or is not what was written.
 
         Its fields: ended ("target", "cap", "diverged" or "slower"), rounds, rounds_to_target, best_accuracy,
         training_seconds and date.
@@ -196,12 +196,6 @@ class Figure:
     curves: tuple[Curve, ...]
     monotone: bool = False
     x_label: str = "communication rounds"
-
-
-def read_outcome(directory: pathlib.Path) -> Mapping[str, Any] | None:
-    """Returns outcome.json of a run directory; None if there is none."""
-    path = directory / "outcome.json"
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def table(number: int, shrunk: bool = False) -> list[Grid]:
@@ -304,7 +298,11 @@ def outcomes(results_dir: pathlib.Path) -> dict[Cell, list[Mapping[str, Any]]]:
     cells = {curve.grid.cell for figure in figures().values() for curve in figure.curves}
     cells |= {row.cell for row in published.rows()}
     return {
-        cell: [read_outcome(path.parent) for path in (results_dir / "runs" / cell.name).glob("*/outcome.json")]
+        cell: [
+            outcome
+            for directory in sorted((results_dir / "runs" / cell.name).glob("*"))
+            if (outcome := read_outcome(directory)) is not None
+        ]
         for cell in cells
     }
 

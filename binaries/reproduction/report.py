@@ -11,9 +11,11 @@ import numpy as np
 
 from binaries.experiment import Experiment
 from binaries.reproduction import claims, figure_1, plan, published
+from binaries.reproduction.outcome import read_metrics
 from binaries.reproduction.plan import Curve, Figure, Grid, Run
 from binaries.reproduction.published import Row
 from tff_fedavg import learning_curve
+from tff_fedavg.metrics_table import ROUND_FIELD
 from tff_fedavg.replacement import replacement
 
 _TOLERANCE = 0.25  # Rounds that differ by more are marked. The paper's own repeats of a cell differ by as much.
@@ -325,7 +327,7 @@ def _figure_section(number: int, figure: Figure, results_dir: pathlib.Path) -> s
 def _runs(figure: Figure, curve: Curve, results_dir: pathlib.Path) -> list[Run]:
     """Returns the runs that a curve shows: all rates where the figure is monotone, else the best finished one."""
     done, wanted = curve.grid.progress(results_dir)
-    runs = [run for run in [*done, *wanted] if (run.directory(results_dir) / "metrics.csv").exists()]
+    runs = [run for run in [*done, *wanted] if read_metrics(run.directory(results_dir))]
     if figure.monotone or len(runs) <= 1:
         return runs
     return (
@@ -337,12 +339,8 @@ def _points(figure: Figure, curve: Curve, results_dir: pathlib.Path) -> np.ndarr
     """Returns the points of a curve, `[n, 2]`; the best of all rates up to each x where the figure is monotone."""
     points = []
     for run in _runs(figure, curve, results_dir):
-        rows = learning_curve.read_metrics(run.directory(results_dir) / "metrics.csv")
-        points += [
-            (curve.x_per_round * row[learning_curve.ROUND_FIELD], row[figure.metric])
-            for row in rows
-            if figure.metric in row
-        ]
+        rows = read_metrics(run.directory(results_dir))
+        points += [(curve.x_per_round * row[ROUND_FIELD], row[figure.metric]) for row in rows if figure.metric in row]
     points = np.array(sorted(points)).reshape(-1, 2)
     if figure.monotone:
         points[:, 1] = np.maximum.accumulate(points[:, 1])
@@ -386,7 +384,7 @@ def _save(figure: matplotlib.figure.Figure, results_dir: pathlib.Path, name: str
 
 
 def _evaluations(run: Run, results_dir: pathlib.Path) -> tuple[list[int], list[float]]:
-    return learning_curve.evaluations(learning_curve.read_metrics(run.directory(results_dir) / "metrics.csv"))
+    return learning_curve.evaluations(read_metrics(run.directory(results_dir)))
 
 
 def _times(speedup: float | None) -> str:
