@@ -5,20 +5,18 @@ is no longer finite, and a fall back to an older state when the newest is damage
 metrics up to its round, from which metrics.csv is mended.
 """
 
-import asyncio
 import collections
-import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_fedavg import learning_curve, saved_state
 from tff_fedavg.centralized import CentralizedSGD
+from tff_fedavg.event_log import EventLog
 from tff_fedavg.learning_curve import Target
 from tff_fedavg.metrics_table import MetricsTable, read_metrics
 from tff_fedavg.run_directory import RunDirectory
@@ -101,8 +99,8 @@ def train(
     try:
         if mended := table.restore(saved_metrics, saved_round):
             on_mended(mended)
-        tensorboard = tff.program.TensorBoardReleaseManager(directory.tensorboard)
-    except (OSError, tf.errors.OpError) as e:
+        log = EventLog(directory.tensorboard)
+    except OSError as e:
         raise NotSavedError(f"the metrics cannot be written to {directory.path}: {e}") from e
     _, values = learning_curve.evaluations(read_metrics(directory.metrics_csv), target.metric)
     best = target.best(values)
@@ -117,8 +115,8 @@ def train(
             best = target.best([*([] if best is None else [best]), metrics[target.field]])
         try:
             table.append(round_number, metrics)
-            _run(tensorboard.release(metrics, key=round_number))
-        except Exception as e:
+            log.append(round_number, metrics)
+        except OSError as e:
             raise NotSavedError(f"the metrics of round {round_number} could not be written: {e}") from e
         on_round(Progress(round_number, metrics, target, best))
 
@@ -154,8 +152,9 @@ def train(
             if time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES:
                 save(round_number, state)
     finally:
-        if round_number >= 0:
-            save(round_number, state)
+        with log:
+            if round_number >= 0:
+                save(round_number, state)
     return state
 
 
@@ -202,9 +201,3 @@ def _flatten(metrics):
         elif np.ndim(value) == 0:
             flat[name] = np.asarray(value).item()
     return flat
-
-
-def _run(coroutine):
-    """Runs a coroutine of TFF's managers to its end, also where an event loop runs already, as in a notebook."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, coroutine).result()
