@@ -45,7 +45,7 @@ def update(model, arrays, epochs=1, batch_size=10, learning_rate=0.1):
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
-@pytest.mark.parametrize("batch_size", [1, 6, 10, 20, 50])
+@pytest.mark.parametrize("batch_size", [1, 6, 10, 20, 50, 2**31 - 1])
 def test_client_update_is_minibatch_sgd_by_hand(worker, model, client_arrays, epochs, batch_size):
     # With B = 6 the last batch has 2 of the 20 examples, and with B = 50 the only batch has all 20.
     arrays = client_arrays[3]

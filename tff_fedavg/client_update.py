@@ -17,6 +17,8 @@ BatchFn = Callable[[tf.Tensor, tf.Tensor], Batch]
 # With it, the seed of a step gives another one for what the model draws than for the augmentation of its batch.
 _OF_THE_MODEL = 1
 
+_INT32_MAX = 2**31 - 1  # In which steps and examples are counted.
+
 
 def client_update(
     model: tff.learning.models.FunctionalModel,
@@ -60,7 +62,8 @@ def client_update(
       The new trainable weights, and the float32 scalar sum of l(w; b) over all examples that SGD saw (E n_k of them).
     """
     order = tf.random.experimental.stateless_shuffle(tf.range(num_examples), seed)
-    batch_size = tf.maximum(num_examples if batch_size is None else batch_size, 1)
+    batch_size = num_examples if batch_size is None else tf.minimum(batch_size, num_examples)
+    batch_size = tf.maximum(batch_size, 1)
     batches_per_epoch = (num_examples + batch_size - 1) // batch_size
     if optimizer is None and proximal_strength:
         optimizer = tff.learning.optimizers.build_sgdm()
@@ -87,6 +90,25 @@ def client_update(
         (0, tf.constant(0.0), list(weights.trainable), _optimizer_state(optimizer, weights, learning_rate)),
     )
     return w, loss_sum
+
+
+def check_epochs_and_batch_size(epochs: int, batch_size: int | None, num_examples: Sequence[int]) -> None:
+    """Checks E and B of `client_update` for clients with so many examples.
+
+    Raises:
+      ValueError: If one is out of range, or a client would make more steps than are counted, in int32.
+    """
+    if epochs < 1:
+        raise ValueError(f"epochs (E) is {epochs}; it must be at least 1")
+    if batch_size is not None and not 1 <= batch_size <= _INT32_MAX:
+        raise ValueError(f"batch_size (B) is {batch_size}; it must be from 1 to {_INT32_MAX:,}, or None for B = inf")
+    most_examples = int(max(num_examples))
+    steps = epochs * -(-most_examples // (batch_size or max(most_examples, 1)))
+    if steps > _INT32_MAX:
+        raise ValueError(
+            f"epochs (E) is {epochs}: a client with {most_examples} examples makes {steps:,} steps of them; at most "
+            f"{_INT32_MAX:,} can be counted"
+        )
 
 
 def sgd_step(

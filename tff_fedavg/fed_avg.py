@@ -25,7 +25,12 @@ import tensorflow_federated as tff
 
 from tff_fedavg.client_data import ClientDataset
 from tff_fedavg.client_ids import for_clients_of
-from tff_fedavg.client_update import client_gradient, client_update, minibatch_seed
+from tff_fedavg.client_update import (
+    check_epochs_and_batch_size,
+    client_gradient,
+    client_update,
+    minibatch_seed,
+)
 from tff_fedavg.traced import TracedFunction
 
 # eta: a number, or a function of the number of finished rounds (float32 scalar), such as a Keras schedule.
@@ -81,10 +86,8 @@ def build_fed_avg(
       TypeError: If an argument has another type.
       ValueError: If an argument is out of range, or the aggregator needs more than TFF's runtime can do.
     """
-    if epochs < 1:
-        raise ValueError(f"epochs (E) is {epochs}; it must be at least 1")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size (B) is {batch_size}; it must be at least 1, or None for B = inf")
+    check_model_and_data(model, client_dataset)
+    check_epochs_and_batch_size(epochs, batch_size, client_dataset.num_examples)
     if not 0 <= proximal_strength < np.inf:
         raise ValueError(f"proximal_strength (mu) is {proximal_strength}; it must be a number from 0 on")
     check_optimizer("client_optimizer", client_optimizer)

@@ -8,7 +8,7 @@ import tensorflow_federated as tff
 
 from tff_fedavg.client_data import ClientDataset
 from tff_fedavg.client_ids import for_clients_of
-from tff_fedavg.client_update import client_update, minibatch_seed
+from tff_fedavg.client_update import check_epochs_and_batch_size, client_update, minibatch_seed
 from tff_fedavg.evaluation import metrics_state, model_weights_type
 from tff_fedavg.fed_avg import check_model_and_data, traced_learning_rate
 
@@ -57,11 +57,8 @@ def build_personalization_eval(
       TypeError: If an argument has another type.
       ValueError: If an argument is out of range.
     """
-    if epochs < 1:
-        raise ValueError(f"epochs (E) is {epochs}; it must be at least 1")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size (B) is {batch_size}; it must be at least 1, or None for B = inf")
     check_model_and_data(model, client_dataset)
+    check_epochs_and_batch_size(epochs, batch_size, client_dataset.num_examples)
     eta = traced_learning_rate(learning_rate)
     weights_type = model_weights_type(model)
 
