@@ -1,14 +1,19 @@
-"""Progress of a run on the terminal: a bar, or plain lines where stdout is no terminal."""
+"""Progress of a run on the terminal: a bar, or plain lines where stdout is no terminal that can show one."""
 
+import os
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import tqdm
 
 from binaries.experiment.observer import Observer
-from tff_fedavg.training import Progress
+
+if TYPE_CHECKING:
+    from tff_fedavg.training import Progress
 
 _SECONDS_BETWEEN_LINES = 5.0
+_COLUMNS_OF_A_BAR = 30
 
 
 class ProgressPrinter(Observer):
@@ -39,17 +44,18 @@ class ProgressPrinter(Observer):
             print(f"going on after round {round_number} of the run in {self._run_dir}", flush=True)
         self._first_round = round_number
         self._started_at = time.monotonic()
-        if sys.stdout.isatty():
+        if _can_show_a_bar():
             self._bar = tqdm.tqdm(
                 initial=round_number,
                 total=self._total_rounds,
                 file=sys.stdout,
                 dynamic_ncols=True,
-                bar_format="round {n_fmt}/{total_fmt} |{bar}| {rate_inv_fmt}, {remaining} left{postfix}",
+                # In a narrow terminal the end is cut off.
+                bar_format="round {n_fmt}/{total_fmt}{postfix} |{bar}| {rate_inv_fmt}, {remaining} left",
                 unit="round",
             )
 
-    def update(self, progress: Progress) -> None:
+    def update(self, progress: "Progress") -> None:
         """Shows a round."""
         self._value = progress.metrics.get(progress.target.field, self._value)
         shown = ""
@@ -71,3 +77,9 @@ class ProgressPrinter(Observer):
             left = seconds * (self._total_rounds - progress.round_number)
             line += f"  {seconds:.3g} s/round, {tqdm.tqdm.format_interval(left)} left"
         print(line, flush=True)
+
+
+def _can_show_a_bar() -> bool:
+    if sys.stdout is None or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+        return False
+    return os.get_terminal_size(sys.stdout.fileno()).columns >= _COLUMNS_OF_A_BAR
