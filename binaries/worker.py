@@ -12,7 +12,6 @@ does not matter.
 import collections
 import os
 import pathlib
-import signal
 import sys
 import time
 
@@ -34,8 +33,6 @@ _CONFINED = flags.DEFINE_boolean(
 
 def main() -> None:
     address = _address()
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # Not for nohup.
-        signal.signal(signal.SIGHUP, lambda *_: sys.exit(128 + signal.SIGHUP))
     process = _start(address)
     try:
         if not address.startswith("unix:"):

@@ -25,7 +25,7 @@ ENDED_AGAIN = "the TFF worker is started again: it ended by signal SIGKILL\n"
 
 def popen(*flags, environment=None):
     # A shell or nohup may have had this process ignore signals.
-    command = ["env", "--default-signal=HUP,INT", sys.executable, "-m", "binaries.worker", *flags]
+    command = ["env", "--default-signal=HUP,INT,QUIT", sys.executable, "-m", "binaries.worker", *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **(environment or {})}, text=True, **pipes)
 
@@ -211,6 +211,7 @@ def test_a_worker_that_dies_is_started_again_but_not_for_ever(directory, kind):
         (signal.SIGINT, 130, "worker: interrupted\n"),
         (signal.SIGTERM, 143, ""),
         (signal.SIGHUP, 129, ""),
+        (signal.SIGQUIT, 131, ""),
         (signal.SIGKILL, -9, ""),
     ],
 )

@@ -1,20 +1,48 @@
 """What the programs have in common: flags before TensorFlow, an error is one line, an end without noise."""
 
+import difflib
 import gc
+import importlib.metadata
 import os
+import re
+import select
 import signal
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
-from absl import app, flags, logging
+from absl import flags, logging
+
+from binaries.command_line import signals
+
+_HELP = flags.DEFINE_boolean("help", False, "Shows what the program does, and its flags.", short_name="h")
+_VERSION = flags.DEFINE_boolean("version", False, "Shows the version.")
 
 _FAILED = 2
+_FLAGS_OF_ALL = "--verbosity=1 shows TensorFlow's messages, and tracebacks; --flagfile=FILE reads flags from a file."
+# What absl and TensorFlow put into their messages.
+_SAID_OTHERWISE = {
+    r"^(flag |ERROR:: )": "",
+    r"invalid literal for int\(\).*": "take an integer",
+    r"\('Non-boolean argument .*": "take true or false",
+    r"\{\{function_node .*?\}\} | \[Op:\w+\].*": "",
+}
+# The paper's symbols, and what they are elsewhere.
+_OTHER_NAMES = {
+    "C": "client_fraction",
+    "E": "local_epochs",
+    "B": "batch_size",
+    "K": "clients",
+    "eta": "learning_rate",
+    "lr": "learning_rate",
+}
 
 
 def run(name: str, main: Callable[..., None], *, takes: str | None = None) -> None:
     """Parses the flags, calls `main`, and ends the process: with one line on stderr if something went wrong.
 
-    TensorFlow is to be imported in `main` only: it reads its log level then, and bad flags are told at once.
+    TensorFlow is to be imported in `main` only: it reads its log level then, and bad flags are told at once. A signal
+    raises an exception in `main`: see `signals.py`.
 
     Args:
       name: Name of the program, which starts that line.
@@ -22,35 +50,104 @@ def run(name: str, main: Callable[..., None], *, takes: str | None = None) -> No
         is for the user.
       takes: What the arguments are that are no flags, if there are to be any: `main` gets a list of them.
     """
-    # Not `app.run`: below it Keras 2.14 makes no symbolic inputs when TensorFlow was not imported before.
-    app.define_help_flags()
     try:
-        arguments = flags.FLAGS(sys.argv)[1:]
-        if arguments and not takes:
-            raise ValueError(f"unknown argument {arguments[0]!r}: flags start with --")
-        if takes and not arguments:
-            raise ValueError(f"{takes} is missing")
-        verbose = logging.get_verbosity() > logging.WARNING
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "3")  # The TFF worker inherits it.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        main(arguments) if takes else main()
-    except KeyboardInterrupt as e:
-        _fail(name, str(e) or "interrupted", 128 + signal.SIGINT)
-    except (flags.Error, ValueError, OSError, RuntimeError) as e:
-        if logging.get_verbosity() > logging.WARNING:
+        signals.catch()
+        _run(main, takes)
+        print(end="", flush=True)  # While an error of it is told.
+    except BaseException as e:
+        signals.release()
+        if (ending := _ending(e)) is None:
             raise
-        _fail(name, first_line(e), _FAILED)
+        status, message = ending
+        _tell(f"{name}: {message}\n" if message else "")
+        if signals.received() is not None:
+            os._exit(status)  # The end of Python waits for threads, and takes a second.
+        sys.exit(status)
+    else:
+        signals.release()
     finally:
         if "tensorflow_federated" in sys.modules:
             import tff_fedavg.runtime  # noqa: F401  It keeps TFF from printing an error at the exit.
         gc.freeze()  # Python's last collections would take a second or two on what TensorFlow has imported.
 
 
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error's text, or its type where there is none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's text, with flags as they are typed; its type where there is no text."""
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return f"unknown flag --{error.flagname}: {_hint(error.flagname)}"
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    for pattern, said in _SAID_OTHERWISE.items():
+        line = re.sub(pattern, said, line)
+    return re.sub(rf"(?<![\w/-])({'|'.join(_long_names())})=", r"--\1=", line)
 
 
-def _fail(name: str, message: str, status: int) -> None:
-    print(f"{name}: {message}", file=sys.stderr)
-    sys.exit(status)
+def _run(main: Callable[..., None], takes: str | None) -> None:
+    # Not `app.run`: below it Keras 2.14 makes no symbolic inputs when TensorFlow was not imported before.
+    arguments = flags.FLAGS(sys.argv)[1:]
+    if _HELP.value:
+        of_program = flags.FLAGS.main_module_help().strip().partition("\n")[2]  # Without the name of the module.
+        print(f"{sys.modules['__main__'].__doc__}\n{of_program}\n\n{_FLAGS_OF_ALL}")
+        return
+    if _VERSION.value:
+        print(f"tff_fedavg {importlib.metadata.version('tff_fedavg')}")
+        return
+    for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
+        if flag.present and flag.value in ("", []):
+            raise ValueError(f"--{flag.name}= is empty: give a value, or leave it out")
+    if arguments and not takes:
+        raise ValueError(f"unknown argument {arguments[0]!r}: flags start with --")
+    if takes and not arguments:
+        raise ValueError(f"{takes} is missing")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if _is_verbose() else "3")  # The TFF worker inherits it.
+    main(arguments) if takes else main()
+
+
+def _ending(error: BaseException) -> tuple[int, str] | None:
+    """Returns the exit status and the line for an error; None if its traceback is to be seen."""
+    if isinstance(error, KeyboardInterrupt) or signals.received() is not None:
+        number = signals.received() or signal.SIGINT
+        message = "interrupted" if number == signal.SIGINT else ""
+        if str(error) and isinstance(error, (KeyboardInterrupt, OSError)):  # What the signal has broken off is no news.
+            message = first_line(error)
+        return 128 + number, message
+    if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout):
+        return 128 + signal.SIGPIPE, ""
+    is_for_the_user = isinstance(error, (flags.Error, ValueError, OSError, RuntimeError)) or _is_tensorflows(error)
+    return (_FAILED, first_line(error)) if is_for_the_user and not _is_verbose() else None
+
+
+def _tell(line: str) -> None:
+    for stream, text in ((sys.stdout, ""), (sys.stderr, line)):
+        try:
+            print(text, end="", file=stream, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # For what Python writes once more at its end.
+
+
+def _hint(name: str) -> str:
+    close = difflib.get_close_matches(name, _long_names(), n=1, cutoff=0.5)
+    meant = next((known for known in (_OTHER_NAMES.get(name), *close) if known in flags.FLAGS), None)
+    return f"did you mean --{meant}?" if meant else "see --help"
+
+
+def _long_names() -> list[str]:
+    return [name for name in flags.FLAGS if len(name) > 1]
+
+
+def _is_verbose() -> bool:
+    return logging.get_verbosity() > logging.WARNING
+
+
+def _is_tensorflows(error: BaseException) -> bool:
+    if "tensorflow" not in sys.modules:
+        return False
+    import tensorflow as tf
+
+    return isinstance(error, tf.errors.OpError)
+
+
+def _nobody_reads(pipe: TextIO | None) -> bool:
+    """Whether the other end of a pipe is closed."""
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -8,16 +8,18 @@ import ctypes
 import dataclasses
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import signal
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from binaries.command_line import signals
 from binaries.command_line.program import first_line
 
 # TensorFlow and TFF keep some 30 MB of each run in memory: a process is replaced after so many of them.
 _JOBS_PER_PROCESS = 20
+_SECONDS_TO_SAVE = 6.0
 _PR_SET_PDEATHSIG = 1  # From <linux/prctl.h>.
 
 # Does the work in a process of the pool. Is given a function that takes what there is to say of its progress, and
@@ -57,16 +59,14 @@ class Pool:
         self._free_cores = sorted(os.sched_getaffinity(0))
         self._idle = []
         self._running = {}  # By connection.
+        with signals.postponed():
+            multiprocessing.resource_tracker.ensure_running()  # Its start unblocks signals: not in `submit`.
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc_info):
-        processes = [worker.process for worker in (*self._idle, *self._running.values())]
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
+        _end([worker.process for worker in (*self._idle, *self._running.values())])
 
     @property
     def has_room(self) -> bool:
@@ -80,9 +80,11 @@ class Pool:
 
     def submit(self, name: str, job: Job) -> None:
         """Starts a job on an idle core. It is pickled: a function of a module, or a `functools.partial` of one."""
-        worker = self._idle.pop() if self._idle else _start(self._free_cores.pop())
-        worker.jobs, worker.name, worker.message = worker.jobs + 1, name, "starting"
-        self._running[worker.connection] = worker
+        # What Ctrl-C or a closed terminal sends to all its processes is for the program, which ends the others.
+        with signals.postponed():
+            worker = self._idle.pop() if self._idle else _start(self._free_cores.pop())
+            worker.jobs, worker.name, worker.message = worker.jobs + 1, name, "starting"
+            self._running[worker.connection] = worker
         worker.connection.send(job)
 
     def wait(self, seconds: float) -> list[Ended]:
@@ -113,8 +115,7 @@ class Pool:
         if kind != "died" and worker.jobs < _JOBS_PER_PROCESS:
             self._idle.append(worker)
         else:
-            worker.process.terminate()
-            worker.process.join()
+            _end([worker.process])
             self._free_cores.append(worker.core)
         return Ended(worker.name, message, failed=kind != "ended")
 
@@ -123,27 +124,43 @@ def _start(core: int) -> _Process:
     context = multiprocessing.get_context("spawn")
     connection, other_end = context.Pipe()
     process = context.Process(target=_work, args=(other_end, core), daemon=True)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program, which ends the process.
     process.start()
-    signal.signal(signal.SIGINT, handler)
     other_end.close()  # So that the death of the process is the end of the file here.
     return _Process(process, connection, core)
+
+
+def _end(processes: Sequence[multiprocessing.Process]) -> None:
+    """Ends processes, each after it has saved the state of its job, if it does so in time."""
+    for process in processes:
+        process.terminate()
+    until = time.monotonic() + _SECONDS_TO_SAVE
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+        process.kill()
+        process.join()
 
 
 def _work(connection: multiprocessing.connection.Connection, core: int) -> None:
     """Runs in a process of the pool."""
     os.sched_setaffinity(0, {core})
+    signals.catch()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # However the program ends, this process does too.
-    signal.signal(signal.SIGTERM, _stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    try:
+        _serve(connection)
+    except BaseException:
+        if signals.received() is None:
+            raise
+        os._exit(0)  # What the signal has broken off is saved, and no news.
+
+
+def _serve(connection: multiprocessing.connection.Connection) -> None:
     while True:
         job = connection.recv()
         try:
             result = ("ended", job(lambda message: connection.send(("says", message))))
         except (ValueError, OSError, RuntimeError) as e:
+            if signals.received() is not None:
+                raise
             result = ("failed", first_line(e))
         connection.send(result)
-
-
-def _stop(*_) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # A second one must not disturb the saving of the state.
-    sys.exit()
