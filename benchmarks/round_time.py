@@ -29,12 +29,13 @@ from absl import flags, logging
 
 import tasks
 from binaries.command_line import data_flags, program
+from binaries.command_line.number import integer
 from tff_fedavg.replacement import replacement
 
 _TASKS = flags.DEFINE_list(
     "tasks", ["mnist_2nn", "mnist_cnn", "shakespeare_lstm", "stackoverflow_lstm", "cifar_cnn"], "The tasks to measure."
 )
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed rounds of each system.", lower_bound=1)
+_REPEATS = flags.DEFINE(integer(1, 1_000_000), "repeats", 5, "Timed rounds of each system.")
 _QUICK = flags.DEFINE_bool("quick", False, "Embedded data, 2 clients, one round: only shows that all of it runs.")
 _OUTPUT = flags.DEFINE_string("output", None, "A CSV file for the figures.")
 

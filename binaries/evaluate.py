@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from binaries.command_line import program, saved_run, worker_flags
+from binaries.command_line.number import Number
 from binaries.experiment import Experiment
 from binaries.experiment.record import SETTINGS
 from tff_fedavg.replacement import replacement
@@ -31,9 +32,18 @@ if TYPE_CHECKING:
 _SPLIT = flags.DEFINE_enum(
     "split", "test", ["test", "train"], "The test set as a whole, or the training examples of each client."
 )
-_EPOCHS = flags.DEFINE_integer("personalize_epochs", None, "E, the epochs for which each client trains the model on.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "B of it; 0 is B = inf. By default that of the run.")
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", None, "eta of it; by default that of the run.")
+_EPOCHS = flags.DEFINE(
+    Number(SETTINGS["local_epochs"]),
+    "personalize_epochs",
+    None,
+    "E, the epochs for which each client trains the model on.",
+)
+_BATCH_SIZE = flags.DEFINE(
+    Number(SETTINGS["batch_size"]), "batch_size", None, "B of it; 0 is B = inf. By default that of the run."
+)
+_LEARNING_RATE = flags.DEFINE(
+    Number(SETTINGS["learning_rate"]), "learning_rate", None, "eta of it; by default that of the run."
+)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Where the files go; by default RUN_DIR/evaluation.")
 
 flags.adopt_module_key_flags(saved_run)
@@ -72,15 +82,10 @@ def main() -> None:
 
 def _personalization(experiment: Experiment) -> dict[str, Any]:
     """Returns the arguments of `build_personalization_eval`; none if that is not asked for."""
-    given = {"local_epochs": _EPOCHS, "batch_size": _BATCH_SIZE, "learning_rate": _LEARNING_RATE}
-    for name, flag in given.items():
-        if flag.value is None:
-            continue
-        if _EPOCHS.value is None:
-            raise ValueError(f"--{flag.name}={flag.value} needs --personalize_epochs: give that, or leave it out")
-        if not SETTINGS[name].allows(flag.value):
-            raise ValueError(f"--{flag.name}={flag.value}: take {SETTINGS[name].range}")
     if _EPOCHS.value is None:
+        for flag in (_BATCH_SIZE, _LEARNING_RATE):
+            if flag.value is not None:
+                raise ValueError(f"--{flag.name}={flag.value} needs --personalize_epochs: give that, or leave it out")
         return {}
     if _SPLIT.present:
         raise ValueError("--split is of no use with --personalize_epochs, which splits the examples of each client")

@@ -10,7 +10,6 @@ once as it may use cores.
 
 import fnmatch
 import functools
-import math
 import os
 import pathlib
 import sys
@@ -21,22 +20,27 @@ from absl import flags
 
 import tasks
 from binaries.command_line import data_flags, program, worker_flags
+from binaries.command_line.number import Number, integer, real
+from binaries.experiment.record import SETTINGS
 from binaries.reproduction import execution, figure_1, plan, pool
 
-_TABLE = flags.DEFINE_multi_integer(
-    "table", [], "A table of the paper, 1 to 4; may be given several times.", lower_bound=1, upper_bound=4
+_TABLE = flags.DEFINE_multi(
+    integer(1, 4), None, "table", [], "A table of the paper, 1 to 4; may be given several times."
 )
-_FIGURE = flags.DEFINE_multi_integer(
-    "figure", [], "A figure of the paper, 1 to 10; may be given several times.", lower_bound=1, upper_bound=10
+_FIGURE = flags.DEFINE_multi(
+    integer(1, 10), None, "figure", [], "A figure of the paper, 1 to 10; may be given several times."
 )
 _ROWS = flags.DEFINE_list(
     "rows", ["*"], "Which cells of them: names as --list shows them, with wildcards, such as 'mnist_2nn-iid-*-B10'."
 )
-_ROUNDS = flags.DEFINE_integer(
-    "rounds", None, "Rounds of a run at most; by default 1.5 times the paper's. More can follow later.", lower_bound=1
+_ROUNDS = flags.DEFINE(
+    Number(SETTINGS["rounds"]),
+    "rounds",
+    None,
+    "Rounds of a run at most; by default 1.5 times the paper's. More can follow later.",
 )
-_BUDGET_HOURS = flags.DEFINE_float(
-    "budget_hours", None, "Stops after so many hours, to go on with the next call.", lower_bound=0
+_BUDGET_HOURS = flags.DEFINE(
+    real(0, 1e6), "budget_hours", None, "Stops after so many hours, to go on with the next call."
 )
 _LIST = flags.DEFINE_boolean("list", False, "Shows the cells, what was measured, and the time that the rest takes.")
 _REPORT = flags.DEFINE_boolean("report", False, "Writes RESULTS.md and its pictures into --results_dir.")
@@ -57,10 +61,6 @@ _SECONDS_BETWEEN_LINES = 10.0
 def main() -> None:
     if _LIST.value and _REPORT.value:
         raise ValueError("--list and --report are two commands: give one of them")
-    if _BUDGET_HOURS.value is not None and not math.isfinite(_BUDGET_HOURS.value):
-        raise ValueError(
-            f"--budget_hours={_BUDGET_HOURS.value}: take a number of hours, or leave it out for all it takes"
-        )
     results_dir = pathlib.Path(os.path.expanduser(_RESULTS_DIR.value or "results" + "-quick" * _QUICK.value))
     if _REPORT.value:
         from binaries.reproduction import report
@@ -83,8 +83,6 @@ def _selection() -> tuple[list[str], list[plan.Grid]]:
     grids = [*dict.fromkeys([*grids, *(curve.grid for figure in figures for curve in figure.curves)])]
     panels = [panel for panel in figure_1.PANELS if everything or 1 in _FIGURE.value]
     names = [*map(figure_1.name, panels), *(name for grid in grids for name in (grid.cell.name, _title(grid)))]
-    if not _ROWS.value:
-        raise ValueError("--rows= is no cell: leave it out for all of them")
     for pattern in _ROWS.value:
         if not fnmatch.filter(names, pattern):
             raise ValueError(f"--rows={pattern} is no cell of what was asked for: see --list")

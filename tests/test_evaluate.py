@@ -87,7 +87,7 @@ def test_personalization_has_a_row_per_client_and_its_numbers_are_those_of_the_r
         (["--personalize_epochs=0"], "--personalize_epochs=0: take an integer from 1 to 1,000,000"),
         (["--batch_size=5"], "--batch_size=5 needs --personalize_epochs: give that"),
         (["--personalize_epochs=1", "--batch_size=-1"], "--batch_size=-1: take an integer from 0 to"),
-        (["--personalize_epochs=1", "--learning_rate=0"], "--learning_rate=0.0: take a number above 0"),
+        (["--personalize_epochs=1", "--learning_rate=0"], "--learning_rate=0: take a number above 0"),
         (["--personalize_epochs=1", "--split=train"], "--split is of no use with --personalize_epochs"),
         (["--split=all"], "--split=all"),
         (["--round=1"], "has no state of round 1: take one of [0, 3]"),

@@ -214,8 +214,8 @@ def reproduce(*flags, timeout=300):
     [
         (["--table=5"], "--table=5"),
         (["--figure=0"], "--figure=0"),
-        (["--table=4", "--rows="], "--rows= is no cell: leave it out for all of them"),
-        (["--budget_hours=nan"], "--budget_hours=nan: take a number of hours"),
+        (["--table=4", "--rows="], "--rows= is empty: give a value, or leave it out"),
+        (["--budget_hours=nan"], "--budget_hours=nan: take a number from 0 to 1e+06"),
         (["--table=4", "--rows=mnist_cnn-*"], "--rows=mnist_cnn-* is no cell of what was asked for: see --list"),
         (["--list", "--report"], "--list and --report are two commands: give one of them"),
         (["--rounds=0"], "--rounds=0"),

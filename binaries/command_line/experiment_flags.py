@@ -4,22 +4,21 @@ from typing import Any
 
 from absl import flags
 
+from binaries.command_line.number import Number
 from binaries.experiment.record import SETTINGS
-
-_DEFINE = {
-    str: flags.DEFINE_string,
-    bool: flags.DEFINE_boolean,
-    int: flags.DEFINE_integer,
-    float: flags.DEFINE_float,
-}
 
 
 def define(*names: str) -> None:
-    """Defines the flags of these fields; without names, of all. `Experiment` checks what they get."""
+    """Defines the flags of these fields; without names, of all. `Experiment` checks whether they go together."""
     for name in names or SETTINGS:
         setting = SETTINGS[name]
-        takes = f" Takes {setting.range}." if setting.takes else ""
-        _DEFINE[setting.kind](name, setting.constant_default, setting.help + takes)
+        if setting.kind in (int, float):
+            flags.DEFINE(Number(setting), name, setting.constant_default, setting.help)
+        elif setting.kind is bool:
+            flags.DEFINE_boolean(name, setting.constant_default, setting.help)
+        else:
+            takes = f" Takes {setting.range}." if setting.takes else ""
+            flags.DEFINE_string(name, setting.constant_default, setting.help + takes)
 
 
 def given() -> dict[str, Any]:

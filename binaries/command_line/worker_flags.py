@@ -2,6 +2,7 @@
 
 from absl import flags
 
+from binaries.command_line.number import real
 from binaries.experiment.workers import Workers
 
 _DEFAULT = Workers()
@@ -9,8 +10,11 @@ _DEFAULT = Workers()
 _WORKERS = flags.DEFINE_list(
     "workers", [], "Workers that run already, on this machine or others: where binaries.worker says that they listen."
 )
-_WORKER_TIMEOUT = flags.DEFINE_float(
-    "worker_timeout", _DEFAULT.timeout, "Seconds after which the program ends if none of the --workers can be reached."
+_WORKER_TIMEOUT = flags.DEFINE(
+    real(0, 1e6),
+    "worker_timeout",
+    _DEFAULT.timeout,
+    "Seconds after which the program ends if none of the --workers can be reached.",
 )
 _CONFINED = flags.DEFINE_boolean(
     "confined",
