@@ -26,6 +26,10 @@ NUM_FEATURES = 4
 NUM_CLASSES = 3
 
 
+def pytest_addoption(parser):
+    parser.addoption("--damage_cases", type=int, default=200, help="How many times each kind of file is damaged.")
+
+
 @pytest.fixture(scope="session")
 def worker():
     """A running TFF worker."""

@@ -15,6 +15,7 @@ from binaries.experiment import runner
 from binaries.reproduction import execution, figure_1, plan
 from binaries.reproduction.outcome import write_outcome
 from binaries.reproduction.published import Cell
+from tff_fedavg.json_record import write_record
 from tff_fedavg.learning_curve import Target
 from tff_fedavg.training import DivergedError, Progress
 
@@ -38,6 +39,7 @@ def record(results_dir, run, rounds_to_target, *, ended="target", best_accuracy=
         "training_seconds": 1.0,
         "date": "2017-04-20",
     }
+    write_record(directory / "config.json", {"settings": {}})
     (directory / "metrics.csv").write_text("round_num\n")
     write_outcome(directory, outcome, "metrics.csv")
 
@@ -155,6 +157,7 @@ def fake_training(monkeypatch):
     def train(experiment, run_dir, *, observer, diverges_after=10**9, **_):
         directory = pathlib.Path(run_dir)
         directory.mkdir(parents=True)
+        write_record(directory / "config.json", {"settings": experiment.to_json()})
         with open(directory / "metrics.csv", "w", newline="", buffering=1) as file:
             writer = csv.writer(file)
             writer.writerow(["round_num", "evaluation/accuracy", "training_time_in_seconds"])

@@ -15,7 +15,7 @@ from tff_fedavg.learning_curve import Target
 from tff_fedavg.regular_file import check_regular
 
 _CONFIG_JSON = "config.json"
-_METRICS_CSV = "metrics.csv"
+METRICS_CSV = "metrics.csv"
 _PACKAGES = ("tensorflow", "tensorflow-federated", "keras", "numpy", "jaxlib")
 
 
@@ -40,7 +40,7 @@ class RunDirectory:
           ValueError: If the directory cannot be written, is in use, or its config.json is damaged or missing.
         """
         self.path = pathlib.Path(path)
-        self.metrics_csv = self.path / _METRICS_CSV
+        self.metrics_csv = self.path / METRICS_CSV
         self.tensorboard = self.path / "tensorboard"
         self.learning_curve_png = self.path / "learning_curve.png"
         lock = self.path / ".lock"
@@ -143,7 +143,7 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, float]]:
     Raises:
       ValueError: If the file is damaged, or has been changed since the state was saved.
     """
-    path = pathlib.Path(run_dir) / _METRICS_CSV
+    path = pathlib.Path(run_dir) / METRICS_CSV
     config = read_config(run_dir)
     for round_number in reversed(saved_state.saved_rounds(run_dir)):
         try:

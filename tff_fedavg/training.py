@@ -80,7 +80,7 @@ def train(
       total_rounds: Last round.
       rounds_per_evaluation: Evaluates round 0, its multiples, and the last round.
       also_released: What is released with the metrics of each round, such as the bytes that are sent.
-      on_start: Called once with the round that training goes on after, 0 for a new run.
+      on_start: Called once, before anything is written, with the round that training goes on after, 0 for a new run.
       on_round: Called after each round.
       on_mended: Called with a line for each file that is not what was written: a state that is left aside for the one
         before it, or a table that is written anew.
@@ -95,6 +95,8 @@ def train(
       ValueError: If something else is in the place of a file.
     """
     state, saved_round, saved_metrics = _load_latest_state(process, directory, on_mended)
+    round_number = saved_round
+    on_start(max(round_number, 0))
     table = MetricsTable(directory.metrics_csv)
     try:
         if mended := table.restore(saved_metrics, saved_round):
@@ -130,8 +132,6 @@ def train(
         saved_round = round_number
         saved_at = time.monotonic()
 
-    round_number = saved_round
-    on_start(max(round_number, 0))
     try:
         if round_number < 0:
             finish_round(0, collections.OrderedDict(), state)

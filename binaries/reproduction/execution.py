@@ -57,7 +57,7 @@ def execute(
     except _GivenUpError:
         ended = "slower"
     outcome = _outcome(run, directory, ended)
-    write_outcome(directory, outcome, "metrics.csv")
+    write_outcome(directory, outcome, run_directory.METRICS_CSV)
     reached = outcome["rounds_to_target"]
     return (
         f"{outcome['rounds']} rounds, best accuracy {outcome['best_accuracy']:.4f}"

@@ -6,13 +6,14 @@ Both parents are a round of Federated Averaging with one client of the IID parti
 
 import csv
 import datetime
+import io
 import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from binaries.experiment.workers import Workers
-from binaries.reproduction.outcome import read_outcome, write_outcome
+from binaries.reproduction.outcome import read_table, write_outcome
 from tff_fedavg.replacement import replacement
 
 # The seeds of w_0 for the two parents, by panel.
@@ -30,11 +31,9 @@ def name(panel: str) -> str:
 
 def read(results_dir: pathlib.Path, panel: str) -> list[tuple[float, float]]:
     """Returns theta and the loss of the mixture, for each theta; nothing if it has not been run."""
-    directory = _directory(results_dir, panel)
-    if read_outcome(directory) is None:
-        return []
-    with open(directory / _LOSSES_CSV, newline="") as file:
-        return [(float(row["theta"]), float(row["loss"])) for row in csv.DictReader(file)]
+    table = read_table(_directory(results_dir, panel)) or b""
+    rows = csv.DictReader(io.StringIO(table.decode(), newline=""))
+    return [(float(row["theta"]), float(row["loss"])) for row in rows]
 
 
 def mix(w: Sequence[np.ndarray], v: Sequence[np.ndarray], theta: float) -> list[np.ndarray]:

@@ -37,23 +37,12 @@ def write_outcome(directory: pathlib.Path, outcome: Mapping[str, Any], table: st
 
 def read_outcome(directory: pathlib.Path) -> Mapping[str, Any] | None:
     """Returns outcome.json of a run directory; None if there is none, or it or its table is not what was written."""
-    path = directory / _OUTCOME_JSON
-    try:
-        outcome = read_record(path)
-        run_directory.read_config(directory)  # Damaged, it does not tell what the outcome is of.
-        with open_regular(directory / outcome[_TABLE]["name"]) as file:
-            content = file.read(outcome[_TABLE]["bytes"])  # What follows was written when the run went on.
-        if hashlib.sha256(content).hexdigest() != outcome[_TABLE]["sha256"]:
-            raise ValueError(f"{file.name} is not what {_OUTCOME_JSON} was written for")
-    except (FileNotFoundError, NotADirectoryError):
-        if path.exists():
-            _tell(f"{path} has no table of numbers beside it")
-        return None
-    except (OSError, ValueError) as e:
-        return _tell(str(e))
-    except (KeyError, TypeError) as e:
-        return _tell(f"{path} is damaged: {e!r}")
-    return outcome
+    return _read(directory)[0]
+
+
+def read_table(directory: pathlib.Path) -> bytes | None:
+    """Returns the table of numbers as it was when outcome.json was written; None where `read_outcome` is."""
+    return _read(directory)[1]
 
 
 def read_metrics(directory: pathlib.Path) -> list[dict[str, float]]:
@@ -61,7 +50,30 @@ def read_metrics(directory: pathlib.Path) -> list[dict[str, float]]:
     try:
         return run_directory.read_metrics(directory)
     except ValueError as e:
-        return _tell(str(e)) or []
+        _tell(str(e))
+        return []
+
+
+def _read(directory: pathlib.Path) -> tuple[Mapping[str, Any] | None, bytes | None]:
+    path = directory / _OUTCOME_JSON
+    try:
+        outcome = read_record(path)
+        # Without its configuration nothing tells what the outcome is of. Figure 1 has none: its name says all.
+        if run_directory.read_config(directory) is None and outcome[_TABLE]["name"] == run_directory.METRICS_CSV:
+            raise ValueError(f"{directory} has an {_OUTCOME_JSON}, but no configuration")
+        with open_regular(directory / outcome[_TABLE]["name"]) as file:
+            table = file.read(outcome[_TABLE]["bytes"])  # What follows was written when the run went on.
+        if hashlib.sha256(table).hexdigest() != outcome[_TABLE]["sha256"]:
+            raise ValueError(f"{file.name} is not what {_OUTCOME_JSON} was written for")
+        return outcome, table
+    except (FileNotFoundError, NotADirectoryError):
+        if path.exists():
+            _tell(f"{path} has no table of numbers beside it")
+    except (OSError, ValueError) as e:
+        _tell(str(e))
+    except (KeyError, TypeError) as e:
+        _tell(f"{path} is damaged: {e!r}")
+    return None, None
 
 
 def _tell(message: str) -> None:
