@@ -10,6 +10,7 @@ import sys
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
+import psutil
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
@@ -35,6 +36,12 @@ def worker():
     """A running TFF worker."""
     with local_worker():
         yield
+
+
+def own_worker():
+    """The process of the worker that was started last."""
+    workers = [p for p in psutil.Process().children(recursive=True) if p.name() == "worker_binary"]
+    return max(workers, key=psutil.Process.create_time)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
+from conftest import own_worker
 
 from tff_fedavg import local_worker, worker_process
 from tff_fedavg import worker as worker_module
@@ -138,12 +139,6 @@ def impatient(monkeypatch):
     monkeypatch.setattr(worker_module, "_SECONDS_TO_ANSWER", 1.0)
     monkeypatch.setattr(worker_module, "_SECONDS_IDLE", 2.0)
     monkeypatch.setattr(worker_module, "_IDLE_SHARE", 0.1)  # Since it is asked so often.
-
-
-def own_worker():
-    """The process of the worker that was started last."""
-    workers = [p for p in psutil.Process().children(recursive=True) if p.name() == "worker_binary"]
-    return max(workers, key=psutil.Process.create_time)
 
 
 def test_a_worker_that_is_stopped_is_noticed_told_and_replaced(impatient, capfd):
@@ -279,8 +274,10 @@ for _ in range(8):
     process = psutil.Process()
     counts.append((process.num_fds(), process.num_threads(), len(process.children())))
 files, threads, children = zip(*counts)
-assert (max(files), max(children)) == (files[0], 0), counts
-assert max(threads) <= threads[0] + 2, counts  # Of gRPC's own, one more or less. One a use would be seven.
+assert max(children) == 0, counts
+# gRPC closes the last of a channel a moment later, sometimes. What each use would leave is there in the end.
+assert min(files[-3:]) == files[0], counts
+assert min(threads[-3:]) <= threads[0] + 2, counts  # Of gRPC's own, one more or less. One a use would be seven.
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

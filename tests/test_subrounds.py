@@ -3,10 +3,10 @@
 import contextlib
 
 import numpy as np
-import psutil
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
+from conftest import own_worker
 from numpy_model import max_difference
 
 from tff_fedavg import ClientDataset, build_client_eval, build_fed_avg, build_fed_eval, local_worker, runtime, subrounds
@@ -145,8 +145,7 @@ def test_the_updates_of_a_subround_take_a_gigabyte(large):
 def test_the_worker_does_not_grow_with_the_rounds_when_their_numbers_of_clients_differ(large, aggregator):
     """TFF's own runtime takes 10 to 15 times the model's size more for each number of clients."""
     with local_worker():
-        workers = (p for p in psutil.Process().children(recursive=True) if p.name() == "worker_binary")
-        process = max(workers, key=psutil.Process.create_time)
+        process = own_worker()
         fed_avg = build(*large, aggregator)
         state = fed_avg.initialize()
         megabytes = []

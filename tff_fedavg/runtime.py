@@ -22,8 +22,8 @@ import grpc
 import tensorflow_federated as tff
 
 from tff_fedavg import subrounds
-from tff_fedavg.worker import ComputationError, LocalWorker, RemoteWorker, Worker, WorkerLostError, tell
-from tff_fedavg.worker_process import check_address
+from tff_fedavg.worker import ComputationError, LocalWorker, RemoteWorker, Worker, WorkerLostError
+from tff_fedavg.worker_process import check_address, tell
 
 __all__ = ["ComputationError", "local_worker", "remote_workers"]
 
@@ -141,7 +141,7 @@ class _Context(tff.framework.SyncContext):
         self._queue = _Queue(workers, timeout)
 
     def invoke(self, comp: Any, arg: Any) -> Any:
-        number = self._num_subrounds(comp, arg) if subrounds.num_clients(comp, arg) else 1
+        number = self._num_subrounds(comp, arg)
         if number == 1:
             return self._queue.submit(comp, arg).result()
         return subrounds.invoke(comp, arg, number, self._queue.submit)
@@ -162,6 +162,8 @@ class _Context(tff.framework.SyncContext):
 
     def _num_subrounds(self, comp: Any, arg: Any) -> int:
         clients, cores = subrounds.num_clients(comp, arg), self._cores
+        if not clients:
+            return 1
         number = 1
         if len(self._workers) > 1:
             per_worker = clients // (cores * len(self._workers))

@@ -6,7 +6,6 @@ import concurrent.futures
 import contextlib
 import functools
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_fedavg.scratch import scratch_directory
-from tff_fedavg.worker_process import WorkerProcess, processor_seconds
+from tff_fedavg.worker_process import WorkerProcess, processor_seconds, tell
 
 _MAX_LOSSES_PER_COMPUTATION = 3
 _MAX_CONNECTS = 10  # In one computation, to a process that runs: TFF waits twice as long before each.
@@ -395,11 +394,6 @@ async def _read(stub: tff.framework.RemoteExecutorGrpcStub, path: str) -> str:
     finally:
         executor.close()
     return text.decode()
-
-
-def tell(message: str) -> None:
-    """Tells the user what happens to the workers."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def _warn_once(reason: str) -> None:

@@ -142,3 +142,8 @@ def _oom_kills() -> int:
     """Returns how many processes of this machine the kernel has killed for want of memory; 0 where it does not tell."""
     lines = pathlib.Path("/proc/vmstat").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+
+
+def tell(message: str) -> None:
+    """Tells the user what happens to the workers."""
+    print(message, file=sys.stderr, flush=True)
