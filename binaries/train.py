@@ -13,9 +13,14 @@ from absl import flags
 from binaries.command_line import data_flags, experiment_flags, program, worker_flags
 from binaries.experiment import Experiment
 from binaries.experiment.record import SETTINGS
+from tff_fedavg.run_directory import RunDirectory
 
 _RUN_DIR = flags.DEFINE_string(
     "run_dir", None, "Where the run is kept, by default runs/TASK. The flags of a run that it holds need not be given."
+)
+
+_CONFIG = flags.DEFINE_string(
+    "config", None, "config.json of a run, for another run with its flags, but for those that are given."
 )
 
 _BEYOND_THE_PAPER = ("client_optimizer", "proximal_strength", "server_optimizer", "aggregator")
@@ -30,13 +35,14 @@ def main() -> None:
     experiment, run_dir = _experiment()
     workers = worker_flags.chosen()
     print(_description(experiment, run_dir), flush=True)
+    directory = RunDirectory(run_dir)
     try:
         # Last, since they import TensorFlow.
         from binaries.command_line.progress import ProgressPrinter
         from binaries.experiment import runner
 
         with ProgressPrinter(run_dir, experiment.rounds) as printer:
-            print(runner.run(experiment, run_dir, **data_flags.directories(), workers=workers, observer=printer))
+            print(runner.run(experiment, directory, **data_flags.directories(), workers=workers, observer=printer))
     except KeyboardInterrupt as e:
         raise KeyboardInterrupt(f"interrupted; the same command goes on where {run_dir} stopped") from e
 
@@ -44,6 +50,8 @@ def main() -> None:
 def _experiment() -> tuple[Experiment, str]:
     """Returns the experiment, and where its run is kept."""
     given = experiment_flags.given()
+    if _CONFIG.value is not None:
+        given = Experiment.read_json(os.path.expanduser(_CONFIG.value)).change(given).to_json()
     if _RUN_DIR.value is None:
         experiment = Experiment(**given)
         return experiment, f"runs/{experiment.task_name}"

@@ -13,6 +13,7 @@ import tasks
 from binaries.experiment import Experiment
 from binaries.experiment.record import SETTINGS
 from binaries.reproduction import plan
+from tff_fedavg.json_record import write_record
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "results").rglob("config.json"))
@@ -26,6 +27,26 @@ def write(run_dir, settings):
     ("algorithm", "C", "E", "B", "rounds", "eval_every"),
     [("fedavg", 0.1, 5, 10, 100, 1), ("fedsgd", 0.1, 1, 0, 100, 1), ("sgd", None, None, 100, 10_000, 100)],
 )
+def test_what_follows_from_a_setting_that_is_changed_is_chosen_anew():
+    experiment = Experiment(task="mnist_2nn", client_fraction=0.2, seed=3)
+    changed = experiment.change({"algorithm": "fedsgd", "rounds": 7})
+    assert changed == Experiment(task="mnist_2nn", client_fraction=0.2, seed=3, algorithm="fedsgd", rounds=7)
+    assert (experiment.batch_size, changed.batch_size) == (10, 0)
+    with pytest.raises(ValueError, match="--client_fraction=0.2 needs --algorithm"):
+        experiment.change({"algorithm": "sgd"})
+
+
+def test_a_configuration_that_was_changed_by_hand_is_read_without_its_checksum(tmp_path):
+    path = tmp_path / "config.json"
+    write_record(path, {"settings": Experiment(task="mnist_2nn", seed=3).to_json()})
+    assert Experiment.read_json(path).seed == 3
+    path.write_text(path.read_text().replace('"seed": 3', '"seed": 4'))
+    with pytest.raises(ValueError, match="config.json is damaged, or was changed"):
+        Experiment.read_json(path)
+    path.write_text(json.dumps({"settings": {"task": "mnist_2nn", "seed": 4}}))
+    assert Experiment.read_json(path) == Experiment(task="mnist_2nn", seed=4)
+
+
 def test_defaults_are_those_of_the_algorithm(algorithm, C, E, B, rounds, eval_every):
     experiment = Experiment(algorithm=algorithm)
     assert (experiment.client_fraction, experiment.local_epochs, experiment.batch_size) == (C, E, B)

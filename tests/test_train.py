@@ -15,6 +15,8 @@ import psutil
 import pytest
 import tensorflow as tf
 
+from binaries.experiment import Experiment
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -60,14 +62,15 @@ def saved_weights(run_dir, round_number):
         ("--batch_size=-1", "--batch_size=-1: take an integer from 0 to "),
         ("--learning_rate=-0.1", "--learning_rate=-0.1: take a number above 0"),
         ("--learning_rate=nan", "--learning_rate=nan: take a number above 0"),
-        ("--learning_rate_decay=0", "--learning_rate_decay=0.0: take a number above 0, at most 1"),
+        ("--learning_rate_decay=0", "--learning_rate_decay=0: take a number above 0, at most 1"),
         ("--learning_rate_decay=1.01", "--learning_rate_decay=1.01: take a number above 0, at most 1"),
         ("--clients=0", "--clients=0: take an integer from 1 to "),
         ("--seed=-1", "--seed=-1: take an integer from 0 to "),
         ("--rounds=many", "--rounds=many"),
-        ("--epochs=5", "Unknown command line flag 'epochs'"),
+        ("--epochs=5", "unknown flag --epochs: did you mean --local_epochs?"),
         ("rounds=5", "unknown argument 'rounds=5'"),
         ("--flagfile=missing", "missing"),
+        ("--config=missing.json", "--config=missing.json: there is no such file"),
     ],
 )
 def test_bad_flags_get_one_line_at_once_and_nothing_is_written(tmp_path, flag, message):
@@ -183,13 +186,23 @@ def test_finished_run_started_again_only_reports_its_outcome(finished_run):
     assert metrics(run_dir) == rows
 
 
+def test_a_run_is_made_again_from_its_configuration_and_flags_come_first(finished_run):
+    run_dir, _ = finished_run
+    again = run_dir.parent / "again"
+    result = train(again, f"--config={run_dir / 'config.json'}", "--rounds=3")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert metrics(again)[:3] == metrics(run_dir)[:3]
+    expected = Experiment.read(run_dir).to_json()
+    assert Experiment.read(again).to_json() == {**expected, "rounds": 3}
+
+
 def test_another_flag_for_the_same_run_directory_is_refused_by_name(finished_run):
     run_dir, _ = finished_run
     rows = metrics(run_dir)
     result = train(run_dir, *FLAGS, "--learning_rate=0.2")
     assert result.returncode == 2
-    expected = "holds a run with learning_rate=0.1, not 0.2: give another run_dir to start a new run"
-    assert result.stderr == f"train: run_dir={run_dir} {expected}\n"
+    expected = "holds a run with --learning_rate=0.1, not 0.2: give another run_dir to start a new run"
+    assert result.stderr == f"train: --run_dir={run_dir} {expected}\n"
     assert metrics(run_dir) == rows
 
 
@@ -202,7 +215,7 @@ def test_run_directory_alone_goes_on_with_its_run_and_what_is_given_has_to_agree
     assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
     other = subprocess.run([*program, "--algorithm=fedsgd"], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert (other.returncode, other.stdout) == (2, "")
-    assert "holds a run with algorithm=fedavg, not fedsgd: give another run_dir" in other.stderr
+    assert "holds a run with --algorithm=fedavg, not fedsgd: give another run_dir" in other.stderr
 
 
 def test_run_that_is_interrupted_killed_and_resumed_ends_bit_equal(finished_run):
@@ -238,9 +251,9 @@ def test_full_disk_ends_the_run_with_one_line(finished_run):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))  # noqa: E731
     result = train(run_dir, *FLAGS, "--rounds=2", preexec_fn=limit)
     assert result.returncode == 2
-    assert result.stderr.startswith("train: the state of round 2 could not be written: ")
+    assert result.stderr.startswith("train: the state of round 0 could not be written: ")
     assert result.stderr.count("\n") == 1
-    assert len(metrics(run_dir)) == 3
+    assert len(metrics(run_dir)) == 1
     # Another seed needs other client files.
     result = train(run_dir.parent / "full too", *FLAGS, "--seed=1", preexec_fn=limit)
     assert result.returncode == 2
@@ -253,7 +266,7 @@ def test_updates_that_are_not_finite_end_the_run_with_the_rounds_and_the_rate(fi
     result = train(run_dir, *FLAGS, "--learning_rate=1e20")
     assert result.returncode == 2
     message = (
-        r"rounds 1 to 3 diverged: no client had a finite update at learning_rate=1e\+20; .* keeps the state before it"
+        r"rounds 1 to 3 diverged: no client had a finite update at --learning_rate=1e\+20; .* keeps the state before it"
     )
     assert re.fullmatch(f"train: {message}\n", result.stderr)
     assert (run_dir / "states" / "round_2.npz").is_file()

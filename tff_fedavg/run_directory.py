@@ -102,21 +102,31 @@ class RunDirectory:
 
 
 def read_config(run_dir: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Reads the configuration of a run; None if there is none.
-
-    It has "run" (None in those of the first version), "settings" as the run began with, "changes" (what was changed,
-    and after which round), "target", "data_checksums" and "versions".
+    """Reads the configuration of a run, as `read_config_json`; None if there is none.
 
     Raises:
       ValueError: If config.json is damaged.
     """
-    path = pathlib.Path(run_dir) / _CONFIG_JSON
     try:
-        config = read_record(path, needs_checksum=False)
+        return read_config_json(pathlib.Path(run_dir) / _CONFIG_JSON)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as e:
         raise ValueError(f"{e}; give another run_dir, or remove this one") from e
+
+
+def read_config_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a config.json.
+
+    It has "run" (None in those of the first version), "settings" as the run began with, "changes" (what was changed,
+    and after which round), "target", "data_checksums" and "versions". One without a checksum is taken as it is: without
+    that line it can be written, or changed, by hand.
+
+    Raises:
+      FileNotFoundError: If there is none.
+      ValueError: If it is damaged.
+    """
+    config = read_record(path, needs_checksum=False)
     config = {"run": None, "changes": [], "target": {}, "data_checksums": {}, "versions": {}, **config}
     try:
         settings_of(config)

@@ -8,6 +8,7 @@ Not written by TFF's `FileProgramStateManager`: reading its SavedModels runs wha
 are of, and each that was saved stays in the memory of the program.
 """
 
+import io
 import os
 import pathlib
 from collections.abc import Mapping
@@ -74,8 +75,10 @@ def save_state(
     }
     path = path_of(run_dir, round_number)
     path.parent.mkdir(exist_ok=True)
-    with replacement(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+    content = io.BytesIO()  # NumPy leaves a file half open where the disk is full.
+    np.savez(content, **arrays)
+    with replacement(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
     for old in saved_rounds(run_dir)[:-_NEWEST]:
         path_of(run_dir, old).unlink()
 

@@ -261,15 +261,29 @@ class Experiment:
           ValueError: If config.json is damaged, or has settings that are not known here.
         """
         config = run_directory.read_config(run_dir)
-        if config is None:
-            return None
+        return None if config is None else cls._from_config(config, f"run_dir={run_dir}")
+
+    @classmethod
+    def read_json(cls, path: str | os.PathLike[str]) -> "Experiment":
+        """Reads the experiment of a config.json; see `read`.
+
+        Raises:
+          ValueError: As `read`, or if there is none.
+        """
+        try:
+            return cls._from_config(run_directory.read_config_json(path), str(path))
+        except FileNotFoundError as e:
+            raise ValueError(f"config={path}: there is no such file") from e
+
+    @classmethod
+    def _from_config(cls, config: Mapping[str, Any], where: str) -> "Experiment":
         settings = run_directory.settings_of(config)
         if unknown := sorted(settings.keys() - SETTINGS.keys()):
-            raise ValueError(f"run_dir={run_dir} holds a run with {unknown[0]}, which this version does not know")
+            raise ValueError(f"{where} holds a run with {unknown[0]}, which this version does not know")
         try:
             return cls(**settings)
         except ValueError as e:
-            raise ValueError(f"run_dir={run_dir} holds a run that this version does not take: {e}") from e
+            raise ValueError(f"{where} holds a run that this version does not take: {e}") from e
 
     @property
     def task_name(self) -> str:
@@ -279,6 +293,11 @@ class Experiment:
     def to_json(self) -> dict[str, Any]:
         """Returns the settings in config.json, by name."""
         return dataclasses.asdict(self)
+
+    def change(self, changes: Mapping[str, Any]) -> "Experiment":
+        """Returns an experiment like this one, with some settings changed; what follows from them is chosen anew."""
+        chosen = {name: v for name, v in self.to_json().items() if v != SETTINGS[name].default_for(self)}
+        return Experiment(**{**chosen, **changes})
 
     def go_on(self, run_dir: str | os.PathLike[str], changes: Mapping[str, Any]) -> "Experiment":
         """Returns the experiment with which the run of this one goes on.

@@ -26,7 +26,7 @@ _BYTES_DOWN = "bytes_down"
 
 def run(
     experiment: Experiment,
-    run_dir: str | os.PathLike[str],
+    run_dir: str | os.PathLike[str] | RunDirectory,
     *,
     data_dir: str | os.PathLike[str] = tasks.DATA_DIR,
     cache_dir: str | os.PathLike[str] = tasks.CACHE_DIR,
@@ -37,7 +37,8 @@ def run(
 
     Args:
       experiment: The experiment.
-      run_dir: Where the run is kept. When the directory holds a run of the same experiment, that one goes on.
+      run_dir: Where the run is kept, maybe opened already. When the directory holds a run of the same experiment, that
+        one goes on.
       data_dir: As for `tasks.build_task`.
       cache_dir: As for `tasks.build_task`.
       workers: What runs the computations; by default a worker that is started for it.
@@ -53,7 +54,8 @@ def run(
       NotSavedError: If a state or metrics cannot be written.
     """
     observer = observer or Observer()
-    directory = RunDirectory(run_dir)
+    directory = run_dir if isinstance(run_dir, RunDirectory) else RunDirectory(run_dir)
+    run_dir = directory.path
     if held := Experiment.read(run_dir):
         held.go_on(run_dir, experiment.to_json())  # Refuses another experiment.
     with (workers or Workers()).start(experiment.clients_per_subround):
