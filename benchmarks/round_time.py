@@ -28,7 +28,7 @@ import time
 from absl import flags, logging
 
 import tasks
-from binaries.command_line import data_flags, program
+from binaries.command_line import data_flags, program, signals
 from binaries.command_line.number import integer
 from tff_fedavg.replacement import replacement
 
@@ -275,7 +275,8 @@ def main() -> None:
     rows = []
     for settings in all_settings:
         # A process for each task, for memory and the warmth of caches not to depend on the tasks before it.
-        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, context, initializer=signals.end_with_parent) as pool:
             of_task = pool.submit(measure, settings).result()
         _print(of_task)
         rows += of_task

@@ -3,9 +3,11 @@
 import functools
 import os
 import pathlib
+import signal
 import time
 
 import psutil
+import pytest
 
 from binaries.reproduction import pool
 
@@ -18,6 +20,29 @@ def sleep_and_save(path, say):
         time.sleep(60)
     finally:
         pathlib.Path(path).write_text(str(sorted(os.sched_getaffinity(0))))
+
+
+class Swallows:
+    def __init__(self, say):
+        self._say = say
+
+    def __del__(self):
+        self._say("sleeping")
+        time.sleep(60)
+
+
+def swallow_and_save(path, say):
+    Swallows(say)
+    sleep_and_save(path, say)
+
+
+def never_end(say):
+    say("sleeping")
+    while True:
+        try:
+            time.sleep(60)
+        except BaseException:
+            pass
 
 
 def pid(say):
@@ -54,14 +79,42 @@ def test_process_is_replaced_before_what_its_jobs_leave_in_memory_adds_up(monkey
     assert outcomes[0] == outcomes[1] != outcomes[2]
 
 
-def test_end_of_the_pool_lets_the_jobs_save_and_leaves_no_process(tmp_path):
-    with pool.Pool() as processes:
-        processes.submit("job", functools.partial(sleep_and_save, tmp_path / "saved"))
-        while processes.running["job"] != "sleeping":
-            processes.wait(0.1)
-        children = psutil.Process().children()
+def started(job):
+    """Runs a job in a pool until it sleeps; returns the pool and its processes."""
+    processes = pool.Pool()
+    processes.submit("job", job)
+    while processes.running["job"] != "sleeping":
+        processes.wait(0.1)
+    return processes, [child for child in psutil.Process().children() if is_a_job(child)]
+
+
+@pytest.mark.parametrize("job", [sleep_and_save, swallow_and_save])
+def test_end_of_the_pool_lets_the_jobs_save_and_leaves_no_process(tmp_path, capfd, job):
+    processes, children = started(functools.partial(job, tmp_path / "saved"))
+    with processes:
+        pass
     assert (tmp_path / "saved").exists()
-    assert not any(is_a_job(child) for child in children)
+    assert children and not any(is_a_job(child) for child in children)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_job_that_does_not_end_is_killed(monkeypatch):
+    monkeypatch.setattr(pool, "_SECONDS_TO_SAVE", 0.5)
+    processes, children = started(never_end)
+    begun = time.monotonic()
+    with processes:
+        pass
+    assert time.monotonic() - begun < 3
+    assert children and not any(is_a_job(child) for child in children)
+
+
+def test_what_a_terminal_sends_to_all_its_processes_does_not_end_a_job(tmp_path):
+    processes, (child,) = started(functools.partial(sleep_and_save, tmp_path / "saved"))
+    with processes:
+        for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+            child.send_signal(number)
+        time.sleep(0.5)
+        assert is_a_job(child) and not (tmp_path / "saved").exists()
 
 
 def is_a_job(process):

@@ -3,6 +3,7 @@
 import difflib
 import gc
 import importlib.metadata
+import itertools
 import os
 import re
 import select
@@ -20,6 +21,10 @@ _VERSION = flags.DEFINE_boolean("version", False, "Shows the version.")
 
 _FAILED = 2
 _FLAGS_OF_ALL = "--verbosity=1 shows TensorFlow's messages, and tracebacks; --flagfile=FILE reads flags from a file."
+# TensorFlow's lines before that of the error itself.
+_PREAMBLE = re.compile(r"\s*$|Graph execution error:|Detected at |Node: |\s+File ")
+# How messages begin that TensorFlow makes of what a model's own code raises: they, too, are of many lines.
+_MODEL_CODE = re.compile("in user code:|Exception encountered when calling ")
 # What absl and TensorFlow put into their messages.
 _SAID_OTHERWISE = {
     r"^(flag |ERROR:: )": "",
@@ -54,14 +59,13 @@ def run(name: str, main: Callable[..., None], *, takes: str | None = None) -> No
         signals.catch()
         _run(main, takes)
         print(end="", flush=True)  # While an error of it is told.
+        signals.raise_received()  # It may have been swallowed just now.
     except BaseException as e:
         signals.release()
         if (ending := _ending(e)) is None:
             raise
         status, message = ending
         _tell(f"{name}: {message}\n" if message else "")
-        if signals.received() is not None:
-            os._exit(status)  # The end of Python waits for threads, and takes a second.
         sys.exit(status)
     else:
         signals.release()
@@ -72,10 +76,10 @@ def run(name: str, main: Callable[..., None], *, takes: str | None = None) -> No
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's text, with flags as they are typed; its type where there is no text."""
+    """Returns the first line that says what an error is, with flags as they are typed; its type where none does."""
     if isinstance(error, flags.UnrecognizedFlagError):
         return f"unknown flag --{error.flagname}: {_hint(error.flagname)}"
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = next(itertools.filterfalse(_PREAMBLE.match, str(error).splitlines()), type(error).__name__)
     for pattern, said in _SAID_OTHERWISE.items():
         line = re.sub(pattern, said, line)
     return re.sub(rf"(?<![\w/-])({'|'.join(_long_names())})=", r"--\1=", line)
@@ -113,7 +117,9 @@ def _ending(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout):
         return 128 + signal.SIGPIPE, ""
     is_for_the_user = isinstance(error, (flags.Error, ValueError, OSError, RuntimeError)) or _is_tensorflows(error)
-    return (_FAILED, first_line(error)) if is_for_the_user and not _is_verbose() else None
+    if not is_for_the_user or _MODEL_CODE.match(str(error)) or _is_verbose():
+        return None
+    return _FAILED, first_line(error)
 
 
 def _tell(line: str) -> None:

@@ -6,6 +6,7 @@ gets through; but not in what cleans up after it, such as the saving of a state.
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from types import FrameType
 
 # The last is that of a terminal, or a connection by ssh, that is closed.
 _ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1  # From <linux/prctl.h>.
 _SECONDS_BETWEEN_TRIES = 1.0
 _SECONDS_TO_END = 9.0
 
@@ -35,11 +37,13 @@ def catch() -> None:
 
 
 def release() -> None:
-    """Has these signals end the process at once, from now on: there is nothing left to save."""
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    """Has these signals end the process at once, from now on: there is nothing left to save, only Python's own end."""
     for number in _ALL:
         if signal.getsignal(number) == _receive:
             signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + _received))
+    if _received is not None:
+        signal.setitimer(signal.ITIMER_REAL, max(0.1, _received_at + _SECONDS_TO_END - time.monotonic()))
 
 
 @contextlib.contextmanager
@@ -52,9 +56,20 @@ def postponed() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
+def end_with_parent() -> None:
+    """Has the kernel send SIGTERM to this process when the thread that has started it ends, however that comes."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def received() -> int | None:
     """Returns the signal that ends this process; None as long as there was none."""
     return _received
+
+
+def raise_received() -> None:
+    """Raises the exception of the signal that ends this process, if there was one."""
+    if _received is not None:
+        raise KeyboardInterrupt if _received == signal.SIGINT else SystemExit(128 + _received)
 
 
 def _receive(number: int, frame: FrameType | None) -> None:
@@ -62,18 +77,14 @@ def _receive(number: int, frame: FrameType | None) -> None:
     if _received is None:  # A second one must not disturb what the first has brought about.
         _received, _received_at = number, time.monotonic()
         signal.setitimer(signal.ITIMER_REAL, _SECONDS_BETWEEN_TRIES, _SECONDS_BETWEEN_TRIES)
-        _raise()
+        raise_received()
 
 
 def _raise_again(number: int, frame: FrameType | None) -> None:
     if time.monotonic() - _received_at > _SECONDS_TO_END:
         os._exit(128 + _received)
     if not _is_handled(sys.exc_info()[1]):
-        _raise()
-
-
-def _raise() -> None:
-    raise KeyboardInterrupt if _received == signal.SIGINT else SystemExit(128 + _received)
+        raise_received()
 
 
 def _is_handled(error: BaseException | None) -> bool:

@@ -4,13 +4,14 @@ A run per core is faster than one run on all cores, where those that have finish
 and TFF, which takes ten seconds to import, is not imported for each of them.
 """
 
-import ctypes
 import dataclasses
+import gc
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.resource_tracker
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -20,7 +21,6 @@ from binaries.command_line.program import first_line
 # TensorFlow and TFF keep some 30 MB of each run in memory: a process is replaced after so many of them.
 _JOBS_PER_PROCESS = 20
 _SECONDS_TO_SAVE = 6.0
-_PR_SET_PDEATHSIG = 1  # From <linux/prctl.h>.
 
 # Does the work in a process of the pool. Is given a function that takes what there is to say of its progress, and
 # returns what came of it.
@@ -144,14 +144,17 @@ def _work(connection: multiprocessing.connection.Connection, core: int) -> None:
     """Runs in a process of the pool."""
     os.sched_setaffinity(0, {core})
     signals.catch()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # However the program ends, this process does too.
+    signals.end_with_parent()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
         _serve(connection)
     except BaseException:
+        signals.release()
         if signals.received() is None:
             raise
-        os._exit(0)  # What the signal has broken off is saved, and no news.
+        sys.exit()  # What the signal has broken off is no news.
+    finally:
+        gc.freeze()  # As in `program.run`.
 
 
 def _serve(connection: multiprocessing.connection.Connection) -> None:
