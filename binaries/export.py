@@ -8,7 +8,6 @@ A name that ends in .keras is a file in Keras's format; one without a suffix is 
 import os
 import pathlib
 import shutil
-import tempfile
 from typing import TYPE_CHECKING
 
 from absl import flags, logging
@@ -16,6 +15,7 @@ from absl import flags, logging
 from binaries.command_line import program, saved_run
 from tff_fedavg import run_directory
 from tff_fedavg.metrics_table import ROUND_FIELD
+from tff_fedavg.scratch import scratch_directory
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -80,8 +80,8 @@ def _model(task: "Task", weights: "ModelWeights") -> "tf.keras.Model":
 
 def _save(model: "tf.keras.Model", output: pathlib.Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as directory:
-        temporary = pathlib.Path(directory) / output.name
+    with scratch_directory(output.parent, f".{output.name}.") as directory:
+        temporary = directory / output.name
         model.save(temporary)
         if output.is_dir():
             shutil.rmtree(output)

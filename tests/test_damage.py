@@ -210,6 +210,33 @@ def count_operations(run_dir):
     return in_a_child(run)
 
 
+def test_client_files_whose_preparation_was_killed_before_any_operation_on_a_file_are_prepared_by_the_next(tmp_path):
+    clients = [{"x": np.arange(3.0), "y": np.arange(3)}, {"x": np.arange(2.0), "y": np.arange(2)}]
+    key = {"name": "toy", "checksums": {"toy.csv": "1"}}
+
+    def prepare(cache_dir):
+        return prepare_client_dataset(
+            cache_dir, key, lambda: iter(clients), lambda example: (example["x"], example["y"])
+        )
+
+    count = file_operations(tmp_path / "count", lambda number: None)
+    prepare(tmp_path / "count")
+    operations = count()
+    assert operations > 10
+    for number in range(1, operations + 1):
+        cache_dir = tmp_path / f"killed_{number}"
+
+        def killed(cache_dir=cache_dir, number=number):
+            file_operations(cache_dir, lambda n: n == number and os.kill(os.getpid(), signal.SIGKILL))
+            prepare(cache_dir)
+
+        assert in_a_child(killed) == -signal.SIGKILL, number
+        dataset = prepare(cache_dir)
+        assert [dataset.load(k)["x"].tolist() for k in range(2)] == [[0, 1, 2], [0, 1]], number
+        assert list(cache_dir.iterdir()) == [dataset.directory], number
+    print(f"killed before each of {operations} operations on files: prepared by the next")
+
+
 def test_killed_before_any_operation_on_a_file_and_resumed_a_run_ends_bit_equal(tmp_path, straight, saves_each_round):
     operations = count_operations(tmp_path / "count")
     assert 60 < operations < 250

@@ -33,12 +33,13 @@ import tqdm
 from tff_fedavg import columns
 from tff_fedavg.json_record import read_record, write_record
 from tff_fedavg.regular_file import open_regular
-from tff_fedavg.scratch import scratch_directory
+from tff_fedavg.scratch import remove_left, scratch_directory
 from tff_fedavg.traced import TracedFunction
 
 _FORMAT_VERSION = 2
 _EXAMPLES, _OFFSETS, _MANIFEST = "examples.bin", "offsets.bin", "manifest.json"
 _CHECKSUM_CHUNK = 1 << 24
+_PREPARING = ".preparing-"
 
 # (x, y) or (x, y, sample_weight); x and y may be nested.
 Batch = tuple[Any, ...]
@@ -409,6 +410,7 @@ def prepare_client_dataset(
     digest = hashlib.sha256(json.dumps({**key, "format": _FORMAT_VERSION}, sort_keys=True).encode()).hexdigest()
     cache_dir = pathlib.Path(cache_dir)
     directory = cache_dir / f"{key['name']}-{digest[:16]}"
+    remove_left(cache_dir, _PREPARING)
     if os.path.lexists(directory):
         try:
             return ClientDataset(directory, preprocess_fn)
@@ -417,7 +419,7 @@ def prepare_client_dataset(
             _remove_client_dataset(directory)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with scratch_directory(cache_dir, ".preparing-") as scratch:
+        with scratch_directory(cache_dir, _PREPARING) as scratch:
             temporary = scratch / "client_dataset"
             write_client_dataset(temporary, build_clients(), num_clients=num_clients)
             try:

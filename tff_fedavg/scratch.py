@@ -9,8 +9,6 @@ import tempfile
 from collections.abc import Iterator
 
 PREFIX = "tff_fedavg-"
-# A directory has this in front of its name until it is locked, so that nobody takes it for a left one.
-_NEW = ".new-"
 
 
 @contextlib.contextmanager
@@ -26,32 +24,42 @@ def scratch_directory(parent: str | os.PathLike[str] | None = None, prefix: str 
       OSError: If it cannot be made.
     """
     parent = pathlib.Path(parent or tempfile.gettempdir())
-    for path in parent.glob(f"{prefix}*"):
-        _remove_if_left(path)
-    new = pathlib.Path(tempfile.mkdtemp(prefix=_NEW + prefix, dir=parent))
-    lock = os.open(new, os.O_RDONLY)
+    remove_left(parent, prefix)
+    directory, lock = None, None
+    while directory is None or not directory.exists():  # It is another's to remove until it is locked.
+        if lock is not None:
+            os.close(lock)
+        directory = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        lock = _lock(directory)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        directory = new.rename(parent / new.name.removeprefix(_NEW))
-        try:
-            yield directory
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
+        yield directory
     finally:
+        shutil.rmtree(directory, ignore_errors=True)
         os.close(lock)
 
 
-def _remove_if_left(path: pathlib.Path) -> None:
-    """Removes a directory whose lock nobody holds."""
+def _lock(directory: pathlib.Path) -> int | None:
+    """Returns a descriptor that holds the lock of a directory; None if the directory is gone."""
     try:
-        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:  # Another user's, or gone already.
-        return
-    try:
-        if os.fstat(directory).st_uid == os.getuid():
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
-    except BlockingIOError:
-        pass
-    finally:
-        os.close(directory)
+        lock = os.open(directory, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def remove_left(parent: pathlib.Path, prefix: str) -> None:
+    """Removes the directories that killed programs have left: those of this user whose lock nobody holds."""
+    for path in parent.glob(f"{prefix}*"):
+        try:
+            directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:  # Another user's, or gone already.
+            continue
+        try:
+            if os.fstat(directory).st_uid == os.getuid():
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(directory)
