@@ -53,8 +53,10 @@ class RunDirectory:
             raise ValueError(f"run_dir={self.path} cannot be written: {e.strerror or e}") from e
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
+        except BlockingIOError as e:
             raise ValueError(f"run_dir={self.path} is in use by another run") from e
+        except OSError:
+            pass  # The file system has no locks.
         config = read_config(self.path)
         if config is None and (self.metrics_csv.exists() or saved_state.saved_rounds(self.path)):
             raise ValueError(f"run_dir={self.path} holds a run whose {_CONFIG_JSON} is missing: give another run_dir")

@@ -44,7 +44,8 @@ def _lock(directory: pathlib.Path) -> int | None:
         lock = os.open(directory, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.suppress(OSError):  # Of file systems that have no locks.
+        fcntl.flock(lock, fcntl.LOCK_EX)
     return lock
 
 
@@ -59,7 +60,7 @@ def remove_left(parent: pathlib.Path, prefix: str) -> None:
             if os.fstat(directory).st_uid == os.getuid():
                 fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
-        except BlockingIOError:
+        except OSError:  # In use; or there are no locks there, by which one could tell.
             pass
         finally:
             os.close(directory)
