@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pathlib
 import re
 import resource
@@ -221,6 +222,9 @@ def test_run_directory_alone_goes_on_with_its_run_and_what_is_given_has_to_agree
 def test_run_that_is_interrupted_killed_and_resumed_ends_bit_equal(finished_run):
     straight, _ = finished_run
     run_dir = straight.parent / "interrupted"
+    scratch = straight.parent / "tmp"
+    scratch.mkdir()
+    environment = {**os.environ, "TMPDIR": str(scratch)}
     # SIGKILL leaves no time to save: those rounds are computed again.
     for signal_number, last_round, status in (
         (signal.SIGINT, 5, 128 + signal.SIGINT),
@@ -228,7 +232,12 @@ def test_run_that_is_interrupted_killed_and_resumed_ends_bit_equal(finished_run)
         (signal.SIGTERM, 25, 128 + signal.SIGTERM),
     ):
         program = subprocess.Popen(
-            command(run_dir, *FLAGS), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+            command(run_dir, *FLAGS),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment,
         )
         deadline = time.monotonic() + 100
         while len(metrics(run_dir)) <= last_round and time.monotonic() < deadline:
@@ -239,10 +248,12 @@ def test_run_that_is_interrupted_killed_and_resumed_ends_bit_equal(finished_run)
         assert program.returncode == status, errors
         assert errors.count("\n") <= 1
         assert psutil.wait_procs(workers, timeout=5)[1] == []
-    result = train(run_dir, *FLAGS)
+        assert bool(list(scratch.iterdir())) == (signal_number == signal.SIGKILL)
+    result = train(run_dir, *FLAGS, env=environment)
     assert result.stdout.splitlines()[1].startswith("going on after round ")
     assert metrics(run_dir) == metrics(straight)
     assert saved_weights(run_dir, 40) == saved_weights(straight, 40) != {}
+    assert list(scratch.iterdir()) == []
 
 
 def test_full_disk_ends_the_run_with_one_line(finished_run):

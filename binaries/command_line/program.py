@@ -9,12 +9,14 @@ import re
 import select
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import TextIO
 
 from absl import flags, logging
 
 from binaries.command_line import signals
+from tff_fedavg.scratch import scratch_directory
 
 _HELP = flags.DEFINE_boolean("help", False, "Shows what the program does, and its flags.", short_name="h")
 _VERSION = flags.DEFINE_boolean("version", False, "Shows the version.")
@@ -103,7 +105,10 @@ def _run(main: Callable[..., None], takes: str | None) -> None:
     if takes and not arguments:
         raise ValueError(f"{takes} is missing")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if _is_verbose() else "3")  # The TFF worker inherits it.
-    main(arguments) if takes else main()
+    # For what TensorFlow leaves when it is killed, too: it goes with the next program.
+    with scratch_directory() as directory:
+        os.environ["TMPDIR"] = tempfile.tempdir = str(directory)
+        main(arguments) if takes else main()
 
 
 def _ending(error: BaseException) -> tuple[int, str] | None:
