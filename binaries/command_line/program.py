@@ -84,7 +84,7 @@ def first_line(error: BaseException) -> str:
     line = next(itertools.filterfalse(_PREAMBLE.match, str(error).splitlines()), type(error).__name__)
     for pattern, said in _SAID_OTHERWISE.items():
         line = re.sub(pattern, said, line)
-    return re.sub(rf"(?<![\w/-])({'|'.join(_long_names())})=", r"--\1=", line)
+    return re.sub(rf"(?<![\w'/-])({'|'.join(_long_names())})=", r"--\1=", line)
 
 
 def _run(main: Callable[..., None], takes: str | None) -> None:
