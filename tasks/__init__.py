@@ -8,9 +8,10 @@ import importlib
 import numbers
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tasks import own
+from tasks import own, sources
 
 if TYPE_CHECKING:
     from tasks.task import Task
@@ -102,11 +103,14 @@ TASKS = {
 
 @dataclasses.dataclass(frozen=True)
 class TaskSettings:
-    """What the module of a task builds it from: the arguments of `build_task`, checked, with the defaults filled in."""
+    """What the module of a task builds it from: the arguments of `build_task`, checked, with the defaults filled in.
+
+    `files` is where the data are, as `find_data` returns them.
+    """
 
     name: str
     data: str
-    data_dir: pathlib.Path
+    files: Sequence[pathlib.Path]
     cache_dir: pathlib.Path
     partition: str
     clients: int | None
@@ -148,10 +152,10 @@ def build_task(
       ValueError: If there is no such task, data source or partition, the data are missing or damaged, or the partition
         does not fit them.
     """
-    data, partition = choose(name, data, partition)
+    data, partition = choose(name, data, partition, clients)
     if dirichlet_alpha is not None:
         if not isinstance(dirichlet_alpha, numbers.Real) or not 0 < dirichlet_alpha < float("inf"):
-            raise ValueError(f"dirichlet_alpha is {dirichlet_alpha!r}; it must be a number above 0")
+            raise ValueError(f"dirichlet_alpha={dirichlet_alpha!r}: it must be a number above 0")
         dirichlet_alpha = float(dirichlet_alpha)  # Part of a key, where 1 is not 1.0.
     arguments = {
         "data": data,
@@ -165,41 +169,67 @@ def build_task(
     if name not in TASKS:
         defaults = {"data_dir": pathlib.Path(DATA_DIR).expanduser(), "cache_dir": pathlib.Path(CACHE_DIR).expanduser()}
         return own.build(name, arguments, [a for a, value in arguments.items() if value != defaults.get(a)])
-    if clients is not None and partition in _NATURAL_PARTITIONS:
-        raise ValueError(f"clients is {clients}, but partition={partition} has one client for each: leave it out")
     if partition == "dirichlet":
         arguments["dirichlet_alpha"] = _DIRICHLET_ALPHA if dirichlet_alpha is None else dirichlet_alpha
     elif dirichlet_alpha is not None:
-        raise ValueError(f"dirichlet_alpha is {dirichlet_alpha}, but partition={partition} has none: leave it out")
-    return importlib.import_module(TASKS[name].module).build_task(TaskSettings(name=name, **arguments))
+        raise ValueError(f"dirichlet_alpha={dirichlet_alpha}, but partition={partition} has none: leave it out")
+    files = find_data(name, data, partition, arguments.pop("data_dir"))
+    return importlib.import_module(TASKS[name].module).build_task(TaskSettings(name=name, files=files, **arguments))
 
 
-def choose(name: str, data: str | None, partition: str | None) -> tuple[str | None, str | None]:
+def find_data(
+    name: str, data: str | None, partition: str | None, data_dir: str | os.PathLike[str] = DATA_DIR
+) -> list[pathlib.Path]:
+    """Finds the files that a task is built from, or downloads them. Needs no TensorFlow, unlike `build_task`.
+
+    Args:
+      name: As for `build_task`.
+      data: The data source, as `choose` returns it.
+      partition: The partition, as `choose` returns it.
+      data_dir: As for `build_task`.
+
+    Returns:
+      The paths of the files; of a task of one's own none, since what it takes is not known.
+
+    Raises:
+      ValueError: If one is missing or cannot be read.
+    """
+    return sources.find(data, partition, pathlib.Path(data_dir).expanduser()) if name in TASKS else []
+
+
+def choose(
+    name: str, data: str | None, partition: str | None, clients: int | None = None
+) -> tuple[str | None, str | None]:
     """Returns the data source and the partition that are meant; of a task of one's own, those that are given.
 
     Args:
       name: As for `build_task`.
       data: As for `build_task`.
       partition: As for `build_task`.
+      clients: As for `build_task`.
 
     Raises:
-      ValueError: If there is no such task, data source or partition.
+      ValueError: If there is no such task, data source or partition, or the partition has its own number of clients.
     """
     if name not in TASKS:
         if not own.is_own(name):
             raise ValueError(
-                f"task is {name!r}: take one of {', '.join(TASKS)}, or your own as module:function or file.py:function"
+                f"task={name}: take one of {', '.join(TASKS)}, or your own as module:function or file.py:function"
             )
         return data, partition
     entry = TASKS[name]
     if data == "embedded":
         if entry.embedded is None:
-            raise ValueError(f"data is embedded, but no package comes with data for {name}: leave it out")
+            raise ValueError(f"data=embedded, but no package comes with data for {name}: leave it out")
         data = entry.embedded
     chosen = {"data": data or entry.data[0], "partition": partition or entry.partitions[0]}
     for argument, values in (("data", entry.data), ("partition", entry.partitions)):
         if chosen[argument] not in values:
-            raise ValueError(f"{argument} is {chosen[argument]!r}: {name} takes {', '.join(values)}")
+            raise ValueError(f"{argument}={chosen[argument]}: {name} takes {', '.join(values)}")
+    if clients is not None and chosen["partition"] in _NATURAL_PARTITIONS:
+        raise ValueError(
+            f"clients={clients}, but partition={chosen['partition']} has one client for each: leave it out"
+        )
     return chosen["data"], chosen["partition"]
 
 

@@ -8,38 +8,28 @@ random, flipped, and changed in brightness and contrast; for the test it is the 
 whitened. The distortions are drawn anew each time that a client uses an image.
 """
 
-import bz2
 import functools
-import gzip
-import lzma
+import os
 import pathlib
 import tarfile
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from tasks import TaskSettings
-from tasks.files import find_file, sha256
+from tasks.files import check_range, open_file, sha256, unpack
+from tasks.sources import CIFAR_FILES, check_complete
 from tasks.task import CLASSIFICATION, Task, cut_into_parts
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
 from tff_fedavg.learning_curve import Target
 from tff_fedavg.partition import build_partition
 
-_DIRECTORY = "cifar-10-batches-bin"
-_ARCHIVES = {
-    "cifar-10-binary.tar.gz": gzip.open,
-    "cifar-10-binary.tar.xz": lzma.open,
-    "cifar-10-binary.tar.bz2": bz2.open,
-    "cifar-10-binary.tar": open,
-}
-_DOWNLOADED = "cifar-10-binary.tar.gz"
-_URL = f"https://www.cs.toronto.edu/~kriz/{_DOWNLOADED}"
-_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
 _RECORDS_PER_FILE = 10_000
+# The archive has 184 million.
+_MAX_ARCHIVE_BYTES = 1 << 28
+_CHUNK_BYTES = 1 << 20
 _RECORD = np.dtype([("label", np.uint8), ("planes", np.uint8, [3, 32, 32])])
 _CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _NUM_CLIENTS = 100
@@ -52,20 +42,18 @@ def build_task(settings: TaskSettings) -> Task:
     """Builds the task "cifar_cnn".
 
     Args:
-      settings: As for `tasks.build_task`. `data_dir` has cifar-10-batches-bin, or cifar-10-binary.tar (or .tar.gz,
-        .tar.xz, .tar.bz2), maybe in the subdirectory "cifar10". K is 100 by default.
+      settings: As for `tasks.build_task`, whose `data_dir` has cifar-10-batches-bin, or cifar-10-binary.tar (or
+        .tar.gz, .tar.xz, .tar.bz2), maybe in the subdirectory "cifar10". K is 100 by default.
 
     Raises:
       ValueError: If the data are missing or damaged, or the partition does not fit them.
     """
     clients = settings.clients or _NUM_CLIENTS
-    path = _find(settings.data_dir)
-    files = sorted(path.glob("*.bin")) if path.is_dir() else [path]
-    checksums = {file.name: sha256(file) for file in files}
+    checksums = {path.name: sha256(path) for path in settings.files}
 
     @functools.cache  # For both sets, and not at all when the cache has their client files.
     def load_once() -> tuple[np.ndarray, np.ndarray]:
-        return _load(path)
+        return _load(settings.files)
 
     def train_clients() -> Iterator[Mapping[str, np.ndarray]]:
         train, _ = load_once()
@@ -137,53 +125,44 @@ def _examples(records: np.ndarray) -> dict[str, np.ndarray]:
     return {"image": records["planes"].transpose(0, 2, 3, 1), "label": records["label"]}
 
 
-def _find(data_dir: pathlib.Path) -> pathlib.Path:
-    """Returns the path of the directory or the archive, after a download where there is neither."""
-    path = find_file(data_dir, "cifar10", _DIRECTORY, *_ARCHIVES)
-    if path is None:
-        path = (data_dir / _DOWNLOADED).absolute()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            tf.keras.utils.get_file(path, _URL, file_hash=_SHA256)
-        except Exception as e:  # Keras raises a plain Exception when the download fails.
-            path.unlink(missing_ok=True)
-            raise ValueError(
-                f"CIFAR-10 is not in data_dir={data_dir} and could not be downloaded ({e}): put {_DOWNLOADED} (the "
-                f"binary version) there, or the directory {_DIRECTORY} from it"
-            ) from e
-    return path
-
-
-def _load(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+def _load(files: Sequence[pathlib.Path]) -> tuple[np.ndarray, np.ndarray]:
     """Returns the training records and the test records: `[50000]` and `[10000]`, of the dtype `_RECORD`."""
-    contents = {file.name: file.read_bytes() for file in path.glob("*.bin")} if path.is_dir() else _read_archive(path)
-    if missing := [name for name in _FILES if name not in contents]:
-        raise ValueError(f"{path} is not the binary version of CIFAR-10, or damaged: it lacks {', '.join(missing)}")
-    file_bytes = _RECORDS_PER_FILE * _RECORD.itemsize
-    for name in _FILES:
-        if len(contents[name]) != file_bytes:
-            raise ValueError(
-                f"{path / name} is cut short or damaged: it has {len(contents[name])} bytes instead of {file_bytes}, "
-                f"which is {_RECORDS_PER_FILE} records of {_RECORD.itemsize}"
-            )
-    *train, test = (np.frombuffer(contents[name], _RECORD) for name in _FILES)
-    for name, records in zip(_FILES, (*train, test)):
-        if records["label"].max() > 9:
-            raise ValueError(f"{path / name} is damaged: it has the label {records['label'].max()}, above 9")
+    if len(files) == 1:
+        paths, contents = [files[0] / name for name in CIFAR_FILES], _read_archive(files[0])
+    else:
+        paths, contents = files, [_read_file(path) for path in files]
+    *train, test = (np.frombuffer(content, _RECORD) for content in contents)
+    for path, records in zip(paths, (*train, test)):
+        check_range(path, "label", records["label"], len(_CLASSES))
     return np.concatenate(train), test
 
 
-def _read_archive(path: pathlib.Path) -> dict[str, bytes]:
-    """Returns the contents of `_FILES`, as far as the archive has them."""
+def _read_file(path: pathlib.Path) -> bytes:
+    with open_file(path) as file:
+        _check_size(path, os.fstat(file.fileno()).st_size)
+        return file.read()
+
+
+def _read_archive(path: pathlib.Path) -> list[bytes]:
+    """Returns the contents of `CIFAR_FILES`."""
     contents = {}
-    try:
-        with _ARCHIVES[path.name](path, "rb") as file:
-            with tarfile.open(fileobj=file, mode="r|") as archive:
-                for member in archive:
-                    name = pathlib.PurePosixPath(member.name).name
-                    if name in _FILES and member.isfile():
-                        contents[name] = archive.extractfile(member).read()
-            file.read()  # A checksum is compared at the end of the file, which tar does not read.
-    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError, zlib.error) as e:
-        raise ValueError(f"{path} is damaged ({e}): remove it, and it is downloaded again") from e
-    return contents
+    with unpack(path, _MAX_ARCHIVE_BYTES) as file:
+        with tarfile.open(fileobj=file, mode="r|") as archive:
+            for member in archive:
+                name = pathlib.PurePosixPath(member.name).name
+                if name in CIFAR_FILES and member.isfile():
+                    _check_size(path / name, member.size)
+                    contents[name] = archive.extractfile(member).read()
+        while file.read(_CHUNK_BYTES):  # A checksum is compared at the end of the file, which tar does not read.
+            pass
+    check_complete(path, contents)
+    return [contents[name] for name in CIFAR_FILES]
+
+
+def _check_size(path: pathlib.Path, size: int) -> None:
+    expected = _RECORDS_PER_FILE * _RECORD.itemsize
+    if size != expected:
+        raise ValueError(
+            f"{path} is cut short or damaged: it has {size} bytes instead of {expected}, which is {_RECORDS_PER_FILE} "
+            f"records of {_RECORD.itemsize}"
+        )

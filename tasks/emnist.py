@@ -10,11 +10,12 @@ TFF's pixels are 1.0 for paper and 0.0 for ink, the inverse of MNIST. The client
 LEAF made them from 8 bits, so nothing is lost. The model gets -0.5 for paper and 0.5 for ink, as of MNIST.
 """
 
+import functools
 import itertools
 import operator
 import pathlib
 import string
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import tensorflow as tf
@@ -28,7 +29,6 @@ from tff_fedavg.client_data import prepare_client_dataset
 from tff_fedavg.learning_curve import Target
 from tff_fedavg.partition import build_partition
 
-_TFF_FILE = "emnist_all.sqlite"
 _SPLITS = {
     "digits": {"train": "digits_only_train", "test": "digits_only_test"},
     "all": {"train": "all_train", "test": "all_test"},
@@ -61,8 +61,8 @@ def build_task(settings: TaskSettings) -> Task:
     """Builds the task "emnist_2nn" or "emnist_cnn".
 
     Args:
-      settings: As for `tasks.build_task`. `data_dir` has emnist_all.sqlite, maybe in the subdirectory "emnist". The
-        partition by writer has as many clients as there are writers. The others divide the training examples of all
+      settings: As for `tasks.build_task`, whose `data_dir` has emnist_all.sqlite, maybe in the subdirectory "emnist".
+        The partition by writer has as many clients as there are writers. The others divide the training examples of all
         writers anew, which they hold in memory (up to 1.6 kB each); K is 100 by default. All have the same test set,
         other characters of the same writers.
 
@@ -72,7 +72,8 @@ def build_task(settings: TaskSettings) -> Task:
     data, partition, clients = settings.data, settings.partition, settings.clients
     if clients is None and partition != "writer":
         clients = _NUM_CLIENTS
-    path, read_writers = _find_synthetic() if data == "synthetic" else _find_sqlite(data, settings.data_dir)
+    (path,) = settings.files
+    read_writers = _read_synthetic if data == "synthetic" else functools.partial(_read_sqlite, path, data)
     checksums = {path.name: sha256(path)}
 
     def train_clients() -> Iterable[Examples]:
@@ -127,36 +128,24 @@ def _take(examples: Examples, indices: np.ndarray) -> Examples:
     return {name: array[indices] for name, array in examples.items()}
 
 
-def _find_synthetic() -> tuple[pathlib.Path, Callable[[str], Iterator[Examples]]]:
-    emnist = tff.simulation.datasets.emnist
-
-    def read_writers(split: str) -> Iterator[Examples]:
-        del split  # Both are the same.
-        client_data = emnist.get_synthetic()
-        for client_id in client_data.client_ids:
-            dataset = client_data.create_tf_dataset_for_client(client_id)
-            features = dataset.batch(dataset.cardinality()).get_single_element()
-            yield _encode(features["pixels"].numpy(), features["label"].numpy())
-
-    return pathlib.Path(emnist.__file__), read_writers
+def _read_synthetic(split: str) -> Iterator[Examples]:
+    del split  # Both are the same.
+    client_data = tff.simulation.datasets.emnist.get_synthetic()
+    for client_id in client_data.client_ids:
+        dataset = client_data.create_tf_dataset_for_client(client_id)
+        features = dataset.batch(dataset.cardinality()).get_single_element()
+        yield _encode(features["pixels"].numpy(), features["label"].numpy())
 
 
-def _find_sqlite(data: str, data_dir: pathlib.Path) -> tuple[pathlib.Path, Callable[[str], Iterator[Examples]]]:
-    load_data = tff.simulation.datasets.emnist.load_data
-    path = tff_sqlite.find_or_download(data_dir, "emnist", _TFF_FILE, load_data, instead="data=synthetic")
-
-    def read_writers(split: str) -> Iterator[Examples]:
-        """Reads one writer at a time, in TFF's order. Not through TFF, which trusts a damaged file."""
-        with tff_sqlite.open_database(path, splits=_SPLITS[data].values()) as database:
-            query = (
-                "SELECT client_id, serialized_example_proto FROM examples WHERE split_name = ? "
-                "ORDER BY client_id, rowid"
-            )
-            rows = database.execute(query, [_SPLITS[data][split]])
-            for writer, examples in itertools.groupby(rows, operator.itemgetter(0)):
-                yield _parse(writer, [example for _, example in examples], _NUM_CLASSES[data])
-
-    return path, read_writers
+def _read_sqlite(path: pathlib.Path, data: str, split: str) -> Iterator[Examples]:
+    """Reads one writer at a time, in TFF's order. Not through TFF, which trusts a damaged file."""
+    with tff_sqlite.open_database(path, splits=_SPLITS[data].values()) as database:
+        query = (
+            "SELECT client_id, serialized_example_proto FROM examples WHERE split_name = ? ORDER BY client_id, rowid"
+        )
+        rows = database.execute(query, [_SPLITS[data][split]])
+        for writer, examples in itertools.groupby(rows, operator.itemgetter(0)):
+            yield _parse(writer, [example for _, example in examples], _NUM_CLASSES[data])
 
 
 def _parse(writer: str, examples: list[bytes], num_classes: int) -> Examples:

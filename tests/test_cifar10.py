@@ -5,8 +5,8 @@ import gzip
 import hashlib
 import io
 import lzma
-import pathlib
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -118,7 +118,7 @@ def _flip_a_bit(content):
 def test_damaged_archives_are_named(tmp_path, contents, suffix, damage):
     path = tmp_path / f"cifar-10-binary{suffix}"
     path.write_bytes(damage(_COMPRESS[suffix](tar(contents))))
-    with pytest.raises(ValueError, match=f"^{path} is damaged .*: remove it, and it is downloaded again$"):
+    with pytest.raises(ValueError, match=f"^{path} is damaged, or not what its name says .*: replace it$"):
         build(tmp_path)
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -143,44 +143,61 @@ def test_a_missing_file_is_named(tmp_path, contents, missing, in_archive):
         (lambda content: content[:-3073], "it has 119847 bytes"),
         (lambda content: content + b"\0", "it has 122921 bytes"),
         (lambda content: b"", "it has 0 bytes"),
-        (lambda content: content[: 7 * 3073] + b"\x0a" + content[7 * 3073 + 1 :], "it has the label 10, above 9"),
+        (lambda content: content[: 7 * 3073] + b"\x0a" + content[7 * 3073 + 1 :], None),
     ],
     ids=["cut", "one record less", "longer", "empty", "label"],
 )
 def test_damaged_files_are_named(tmp_path, contents, name, damage, message):
     contents[name] = damage(contents[name])
     write_directory(tmp_path, contents)
-    with pytest.raises(ValueError, match=f"{name} is .*damaged: {message}"):
+    message = "has the label 10 at position 7: take 0 to 9" if message is None else f"is .*damaged: {message}"
+    with pytest.raises(ValueError, match=f"{name} {message}"):
         build(tmp_path)
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_offline_without_cifar10_says_what_to_put_where(tmp_path, monkeypatch):
-    def no_network(path, *args, **kwargs):
-        pathlib.Path(path).write_bytes(b"half of it")
-        raise Exception("URL fetch failure: None -- Name or service not known")
-
-    monkeypatch.setattr(tf.keras.utils, "get_file", no_network)
-    with pytest.raises(ValueError, match=r"put cifar-10-binary.tar.gz \(the binary version\) there, or the directory"):
-        build(tmp_path, tmp_path / "empty")
-    assert list((tmp_path / "empty").iterdir()) == []
+_ZEROS = 300_000_000
 
 
-def test_the_archive_is_downloaded_once_into_the_directory(tmp_path, contents, monkeypatch):
-    origins = []
+def _bomb(contents, place):
+    """Returns a tar archive, in pieces, with many zeros in this place."""
+    zeros = (bytes(1_000_000) for _ in range(_ZEROS // 1_000_000))
+    good = tar(contents)
+    if place == "after the end":
+        return [good, *zeros]
+    member = tarfile.TarInfo({"record file": "data_batch_1.bin", "other file": "readme.html"}.get(place, "header"))
+    member.size = _ZEROS
+    member.type = tarfile.XHDTYPE if place == "extended header" else tarfile.REGTYPE
+    return [member.tobuf(), *zeros, bytes(-_ZEROS % 512), good]
 
-    def urlretrieve(origin, path, progress):
-        origins.append(origin)
-        pathlib.Path(path).write_bytes(archive)
 
-    archive = gzip.compress(tar(contents))
-    monkeypatch.setattr("keras.src.utils.data_utils.urlretrieve", urlretrieve)
-    with pytest.raises(ValueError, match="could not be downloaded .*Incomplete or corrupted file"):
+@pytest.mark.parametrize(
+    ("place", "suffix", "message"),
+    [
+        (
+            "record file",
+            ".tar.gz",
+            "data_batch_1.bin is cut short or damaged: it has 300000000 bytes instead",
+        ),
+        ("other file", ".tar.gz", "it has more than 100000000 bytes"),
+        ("extended header", ".tar.gz", "it has more than 100000000 bytes"),
+        *(("after the end", suffix, "it has more than 100000000 bytes") for suffix in (*_COMPRESS,)),
+    ],
+)
+def test_archives_that_unpack_to_too_much_are_not_unpacked(tmp_path, contents, monkeypatch, place, suffix, message):
+    monkeypatch.setattr(cifar10, "_MAX_ARCHIVE_BYTES", 100_000_000)
+    opened = {".tar": open, ".tar.gz": gzip.open, ".tar.xz": lzma.open, ".tar.bz2": bz2.open}[suffix]
+    options = {".tar.gz": {"compresslevel": 1}, ".tar.xz": {"preset": 0}}.get(suffix, {})
+    path = tmp_path / f"cifar-10-binary{suffix}"
+    with opened(path, "wb", **options) as file:
+        file.writelines(_bomb(contents, place))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=message) as error:
         build(tmp_path)
-    monkeypatch.setattr(cifar10, "_SHA256", hashlib.sha256(archive).hexdigest())
-    for _ in range(2):
-        assert list(build(tmp_path).checksums) == ["cifar-10-binary.tar.gz"]
-    assert origins == ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"] * 2
-    assert (tmp_path / "cifar-10-binary.tar.gz").read_bytes() == archive
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert peak < (250_000_000 if place == "extended header" else 20_000_000)
 
 
 def test_more_clients_than_images_are_refused(tmp_path, contents):
@@ -190,7 +207,7 @@ def test_more_clients_than_images_are_refused(tmp_path, contents):
 
 
 def test_another_partition_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="partition is 'pathological': cifar_cnn takes iid"):
+    with pytest.raises(ValueError, match="partition=pathological: cifar_cnn takes iid"):
         build(tmp_path, partition="pathological")
 
 

@@ -3,7 +3,6 @@
 import collections
 import gzip
 import os
-import pathlib
 import sqlite3
 
 import numpy as np
@@ -13,6 +12,7 @@ import tensorflow_federated as tff
 from conftest import NO_SEED
 
 import tasks
+from tasks import tff_sqlite
 from tff_fedavg import build_fed_avg, build_fed_eval
 
 _SPLITS = ("digits_only_train", "digits_only_test", "all_train", "all_test")
@@ -209,7 +209,7 @@ def _one_example_each(splits=_SPLITS, label=1):
 def test_examples_that_are_not_emnist_are_refused(tmp_path, data, pixels, label, message):
     split = "digits_only_train" if data == "digits" else "all_train"
     path = _write_sqlite(tmp_path, [*_one_example_each(), (split, "b", pixels, label)])
-    assert _error(tmp_path, tmp_path, data) == f"{path} is damaged ({message}): remove it, and TFF downloads it again"
+    assert _error(tmp_path, tmp_path, data) == f"{path} is damaged ({message}): remove it, and it is downloaded again"
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -250,15 +250,11 @@ def test_a_file_that_is_not_sqlite_is_refused(tmp_path):
     assert f"{path} is damaged (file is not a database)" in _error(tmp_path, tmp_path)
 
 
-def test_a_failed_download_says_what_to_do_and_leaves_no_file_behind(tmp_path, monkeypatch):
-    def load_data(cache_dir):
-        pathlib.Path(cache_dir, "emnist_all.sqlite").write_bytes(b"half of it")
-        raise OSError("no network")
-
-    monkeypatch.setattr(tff.simulation.datasets.emnist, "load_data", load_data)
-    message = _error(tmp_path, tmp_path)
-    assert "could not be downloaded (no network)" in message and "data=synthetic" in message
-    assert os.listdir(tmp_path) == []
+def test_a_fifo_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "emnist_all.sqlite")
+    with pytest.raises(ValueError, match="is a FIFO, not a regular file"):
+        with tff_sqlite.open_database(tmp_path / "emnist_all.sqlite", splits=[]):
+            pass
 
 
 def test_more_clients_than_examples_are_refused(tmp_path, data_dir):

