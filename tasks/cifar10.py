@@ -85,6 +85,7 @@ def build_task(settings: TaskSettings) -> Task:
         target=Target(_TARGET),
         label_names=lambda: _CLASSES,
         checksums=checksums,
+        labels_checked=True,
     )
 
 

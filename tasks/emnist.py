@@ -107,6 +107,7 @@ def build_task(settings: TaskSettings) -> Task:
         target=Target(_TARGETS[settings.name, data]),
         label_names=lambda: list(_CLASSES[: _NUM_CLASSES[data]]),
         checksums=checksums,
+        labels_checked=True,
     )
 
 

@@ -98,6 +98,7 @@ def build_task(settings: TaskSettings) -> Task:
         target=Target(variant.targets[data]),
         label_names=lambda: [str(digit) for digit in range(10)],
         checksums=checksums,
+        labels_checked=True,
     )
 
 

@@ -28,7 +28,7 @@ def is_own(name: str) -> bool:
     """
     if file := _FILE_AND_FUNCTION.fullmatch(name):
         if not pathlib.Path(file[1]).expanduser().is_file():
-            raise ValueError(f"task is {name!r}, but there is no file {file[1]}")
+            raise ValueError(f"task={name}: there is no file {file[1]}")
         return True
     return _MODULE_AND_FUNCTION.fullmatch(name) is not None
 
@@ -55,7 +55,7 @@ def build(name: str, arguments: Mapping[str, Any], given: Collection[str]) -> "T
     for argument in given:
         if argument not in (*declared, "seed"):
             takes = ", ".join(declared) or "none"
-            raise ValueError(f"{argument} is {arguments[argument]!r}, but {name} does not take it: it takes {takes}")
+            raise ValueError(f"{argument}={arguments[argument]}, but {name} does not take it: it takes {takes}")
     required = [p.name for p in parameters.values() if p.default is p.empty]
     passed = {argument: arguments[argument] for argument in declared if argument in (*given, *required)}
     try:
@@ -82,9 +82,9 @@ def _find(name: str) -> Callable[..., Any]:
         except ModuleNotFoundError as e:
             if not f"{source}.".startswith(f"{e.name}."):  # It is there, and what it imports is not.
                 raise
-            raise ValueError(f"task is {name!r}, but there is no module {e.name} on Python's path") from e
+            raise ValueError(f"task={name}: there is no module {e.name} on Python's path") from e
     if not callable(getattr(module, function, None)):
-        raise ValueError(f"task is {name!r}, but {source} has no function {function}")
+        raise ValueError(f"task={name}: {source} has no function {function}")
     return getattr(module, function)
 
 

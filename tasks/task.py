@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from tasks.labels import check_labels
 from tff_fedavg.client_data import ClientDataset
 from tff_fedavg.functional_model import Loss, Metric, functional_model_from_keras
 from tff_fedavg.learning_curve import Target
@@ -70,6 +71,8 @@ class Task:
       label_names: Returns what the labels stand for, if they are names. Of a text they read as it does when set next to
         each other: a word ends in a space, and padding is empty.
       checksums: SHA-256 of the files that the data came from, by file name; of a large database, see its task.
+      labels_checked: Whether the labels were held against the number of classes when the files were read. Else that is
+        done when the model is built, where the loss is a sparse categorical cross entropy of one output.
 
     Raises:
       TypeError: If one of them is of another type.
@@ -84,6 +87,7 @@ class Task:
     target: Target | None = None
     label_names: Callable[[], Sequence[str]] | None = None
     checksums: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    labels_checked: bool = False
 
     def __post_init__(self):
         takes = {
@@ -114,6 +118,13 @@ class Task:
                 raise TypeError(f"{field} of the task is {getattr(self, field)!r}; it must be {what}")
 
     def build_model(self, seed: int) -> tff.learning.models.FunctionalModel:
-        """Builds the model with initial weights w_0 drawn from `seed` (sets the global seeds of Keras on the way)."""
+        """Builds the model with initial weights w_0 drawn from `seed` (sets the global seeds of Keras on the way).
+
+        Raises:
+          ValueError: If the model cannot be trained, or a label is none of its classes.
+        """
         tf.keras.utils.set_random_seed(seed)
-        return functional_model_from_keras(self.keras_model_fn, self.loss, self.train.batch_spec, self.metrics)
+        model = functional_model_from_keras(self.keras_model_fn, self.loss, self.train.batch_spec, self.metrics)
+        if not self.labels_checked:
+            check_labels(model, self.loss, {"training set": self.train, "test set": self.test})
+        return model

@@ -84,9 +84,9 @@ def test_it_is_called_with_the_arguments_that_it_declares(write, parameters, set
 @pytest.mark.parametrize(
     ("code", "settings", "message"),
     [
-        ("def build(seed): pass", {"clients": 3}, "clients is 3, but NAME does not take it: it takes seed"),
-        ("def build(): pass", {"partition": "iid"}, "partition is 'iid', but NAME does not take it: it takes none"),
-        ("def build(seed): pass", {"data_dir": "x"}, r"data_dir is PosixPath\('x'\), but NAME does not take it"),
+        ("def build(seed): pass", {"clients": 3}, "clients=3, but NAME does not take it: it takes seed"),
+        ("def build(): pass", {"partition": "iid"}, "partition=iid, but NAME does not take it: it takes none"),
+        ("def build(seed): pass", {"data_dir": "x"}, "data_dir=x, but NAME does not take it"),
         (
             "def build(mine): pass",
             {},
@@ -95,14 +95,14 @@ def test_it_is_called_with_the_arguments_that_it_declares(write, parameters, set
         ("def build(seed, /): pass", {}, r"NAME cannot be called \('seed' parameter is positional only"),
         ("def build(): return DATASET", {}, "NAME returns a ClientDataset; it has to return a tasks.Task"),
         ("def build(): make()", {}, "NAME returns a NoneType; it has to return a tasks.Task"),
-        ("def other(): pass", {}, "task is 'NAME', but NAME has no function build"),
-        ("build = make()", {}, "task is 'NAME', but NAME has no function build"),
+        ("def other(): pass", {}, "task=NAME: NAME has no function build"),
+        ("build = make()", {}, "task=NAME: NAME has no function build"),
         (
             "def build(): return make(target=tasks.Target(0.9))",
             {},
             "NAME returns a task with a target for 'accuracy'; its metrics are loss, mae",
         ),
-        ("def build(): pass", {"dirichlet_alpha": -1}, "dirichlet_alpha is -1; it must be a number above 0"),
+        ("def build(): pass", {"dirichlet_alpha": -1}, "dirichlet_alpha=-1: it must be a number above 0"),
     ],
 )
 def test_what_does_not_fit_is_an_error_of_a_line(write, code, settings, message):
@@ -115,16 +115,16 @@ def test_what_does_not_fit_is_an_error_of_a_line(write, code, settings, message)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no/such/file.py", "task is 'no/such/file.py', but there is no file no/such/file.py"),
-        ("no/such/file.py:build", "task is 'no/such/file.py:build', but there is no file no/such/file.py"),
-        ("no_package:build", "task is 'no_package:build', but there is no module no_package on Python's path"),
-        ("tasks.no_module:build", "but there is no module tasks.no_module on Python's path"),
-        ("tasks.mnist.no_module:build", "but there is no module tasks.mnist.no_module on Python's path"),
-        ("tasks.mnist:no_function", "task is 'tasks.mnist:no_function', but tasks.mnist has no function no_function"),
-        ("my_task", "task is 'my_task': take one of mnist_2nn, .*, or your own as module:function or file.py:function"),
-        (":build", "task is ':build': take one of"),
-        (".tasks:build", "task is '.tasks:build': take one of"),
-        ("", "task is '': take one of"),
+        ("no/such/file.py", "^task=no/such/file.py: there is no file no/such/file.py"),
+        ("no/such/file.py:build", "^task=no/such/file.py:build: there is no file no/such/file.py"),
+        ("no_package:build", "^task=no_package:build: there is no module no_package on Python's path"),
+        ("tasks.no_module:build", ": there is no module tasks.no_module on Python's path"),
+        ("tasks.mnist.no_module:build", ": there is no module tasks.mnist.no_module on Python's path"),
+        ("tasks.mnist:no_function", "^task=tasks.mnist:no_function: tasks.mnist has no function no_function"),
+        ("my_task", "^task=my_task: take one of mnist_2nn, .*, or your own as module:function or file.py:function"),
+        (":build", "^task=:build: take one of"),
+        (".tasks:build", "^task=.tasks:build: take one of"),
+        ("", "^task=: take one of"),
     ],
 )
 def test_a_name_of_nothing_is_an_error_of_a_line(name, message):
@@ -187,6 +187,92 @@ def test_a_task_is_checked_when_it_is_made(task, field, value):
 def test_a_target_is_a_number(value):
     with pytest.raises(ValueError, match="the target is .*; it must be a number"):
         tasks.Target(value)
+
+
+# Labels.
+
+
+def classifier(train, test, *, loss="sparse_categorical_crossentropy", outputs=10):
+    """A task with labels of clients, `[n]` or `[n, time]`, and a model with this many outputs."""
+
+    def build_model():
+        layers = tf.keras.layers
+        return tf.keras.Sequential([layers.InputLayer([*np.shape(train[0])[1:], 3]), layers.Dense(outputs)])
+
+    def dataset(clients):
+        arrays = [{"x": np.zeros([*np.shape(y), 3], np.float32), "y": y} for y in clients]
+        return tff_fedavg.ClientDataset.from_arrays(arrays)
+
+    return tasks.Task("mine", dataset(train), dataset(test), build_model, loss, {})
+
+
+def labels_with(label, place, n=20, dtype=np.int32):
+    labels = np.arange(n, dtype=dtype) % 10
+    labels[place] = label
+    return labels
+
+
+GOOD = np.arange(30, dtype=np.int32) % 10
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "sparse_categorical_crossentropy",
+        "SparseCategoricalCrossentropy",
+        tf.keras.losses.sparse_categorical_crossentropy,
+        tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    ],
+)
+@pytest.mark.parametrize("label", [10, -1, 2**31 - 1])
+def test_a_label_that_the_model_has_no_output_for_is_named_with_its_client_and_place(loss, label, monkeypatch):
+    task = classifier([GOOD, GOOD[:0], labels_with(label, 17), GOOD], [GOOD], loss=loss)
+    message = (
+        f"^client 2 of the training set has the label {label} at position 17, but the model has 10 outputs: take 0"
+    )
+    for chunk_bytes in (1 << 24, 1, 16 * 33):  # All at once, one by one, in parts across the clients.
+        monkeypatch.setattr(tasks.labels, "_CHUNK_BYTES", chunk_bytes)
+        with pytest.raises(ValueError, match=message) as error:
+            task.build_model(seed=0)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_labels_of_the_test_set_are_looked_at_too(dtype):
+    task = classifier([GOOD.astype(dtype)], [GOOD.astype(dtype), labels_with(11, 0, dtype=dtype)])
+    with pytest.raises(ValueError, match="^client 1 of the test set has the label 11 at position 0, "):
+        task.build_model(seed=0)
+
+
+def test_a_sequence_of_labels_is_looked_at_as_a_whole():
+    sequences = np.stack([GOOD[:7], GOOD[:7], labels_with(12, 6, n=7)])
+    with pytest.raises(ValueError, match="^client 0 of the training set has the label 12 at position 2, "):
+        classifier([sequences], [sequences[:2]]).build_model(seed=0)
+
+
+def test_labels_are_looked_at_as_the_model_gets_them():
+    """They are stored as 1 to 10."""
+    arrays = [{"pixels": np.zeros([30, 3], np.float32), "digit": GOOD + 1}]
+
+    def dataset(shift):
+        return tff_fedavg.ClientDataset.from_arrays(arrays, lambda e: (e["pixels"], e["digit"] - shift))
+
+    task = dataclasses.replace(classifier([GOOD], [GOOD]), train=dataset(1), test=dataset(1))
+    task.build_model(seed=0)
+    with pytest.raises(ValueError, match="has the label 10 at position 9, "):
+        dataclasses.replace(task, test=dataset(0)).build_model(seed=0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs"),
+    [
+        (tf.keras.losses.SparseCategoricalCrossentropy(ignore_class=-1), 10),
+        ("mean_squared_error", 1),
+        (lambda y, outputs: tf.reduce_mean(outputs**2), 10),
+    ],
+)
+def test_where_another_loss_takes_the_labels_they_are_left_alone(loss, outputs):
+    classifier([labels_with(-1, 3)], [GOOD], loss=loss, outputs=outputs).build_model(seed=0)
 
 
 def test_documented_task_has_a_client_for_each_make_and_learns(worker, task):
