@@ -29,6 +29,8 @@ def check_labels(model: tff.learning.models.FunctionalModel, loss: Loss, dataset
     if not _takes_classes(loss) or not isinstance(y_spec, tf.TensorSpec) or not y_spec.dtype.is_integer:
         return
     num_classes = _num_outputs(model, x_spec)
+    if num_classes is None:
+        return
     for name, dataset in datasets.items():
         ends = np.cumsum(dataset.num_examples)
         for start, labels in _labels(dataset):
@@ -50,8 +52,8 @@ def _takes_classes(loss: Loss) -> bool:
     return loss is tf.keras.losses.sparse_categorical_crossentropy
 
 
-def _num_outputs(model: tff.learning.models.FunctionalModel, x_spec: Any) -> int:
-    """Returns the size of the last dimension of what the model predicts."""
+def _num_outputs(model: tff.learning.models.FunctionalModel, x_spec: Any) -> int | None:
+    """Returns the size of the last dimension of what the model predicts, None if it is not known before."""
     weights_spec = tf.nest.map_structure(lambda w: tf.TensorSpec(w.shape, w.dtype), model.initial_weights)
     predict = tf.function(lambda weights, x: model.predict_on_batch(weights, x, training=False))
     return predict.get_concrete_function(weights_spec, x_spec).structured_outputs.shape[-1]

@@ -275,6 +275,17 @@ def test_where_another_loss_takes_the_labels_they_are_left_alone(loss, outputs):
     classifier([labels_with(-1, 3)], [GOOD], loss=loss, outputs=outputs).build_model(seed=0)
 
 
+def test_a_model_may_have_outputs_of_a_number_that_is_not_known_before():
+    def build_model():
+        last = tf.keras.layers.Lambda(
+            lambda t: tf.reshape(t, [-1, tf.reduce_max(tf.constant([3, 10]) + tf.size(t[:0]))])
+        )
+        return tf.keras.Sequential([tf.keras.layers.InputLayer([3]), tf.keras.layers.Dense(10), last])
+
+    assert build_model().output_shape == (None, None)
+    dataclasses.replace(classifier([GOOD], [GOOD]), keras_model_fn=build_model).build_model(seed=0)
+
+
 def test_documented_task_has_a_client_for_each_make_and_learns(worker, task):
     assert task.train.num_examples.sum() + task.test.num_examples.sum() == 392
     assert task.train.num_clients > 30
