@@ -21,6 +21,7 @@ flags.adopt_module_key_flags(experiment_flags)
 def main() -> None:
     # A task of one's own has no learning rate, and here it does not matter.
     experiment = Experiment(learning_rate=1.0, **experiment_flags.given())
+    experiment.find_data(data_flags.directories()["data_dir"])
     name = "-".join(part for part in (experiment.task_name, experiment.partition) if part)
     output_dir = pathlib.Path(os.path.expanduser(_OUTPUT_DIR.value or f"pictures/{name}"))
     output_dir.mkdir(parents=True, exist_ok=True)

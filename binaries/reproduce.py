@@ -23,6 +23,7 @@ from binaries.command_line import data_flags, program, worker_flags
 from binaries.command_line.number import Number, integer, real
 from binaries.experiment.record import SETTINGS
 from binaries.reproduction import execution, figure_1, plan, pool
+from tff_fedavg import run_directory
 
 _TABLE = flags.DEFINE_multi(
     integer(1, 4), None, "table", [], "A table of the paper, 1 to 4; may be given several times."
@@ -132,7 +133,7 @@ def _title(grid: plan.Grid) -> str:
 
 def _run(panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pathlib.Path) -> None:
     deadline = time.monotonic() + 3600 * _BUDGET_HOURS.value if _BUDGET_HOURS.value is not None else float("inf")
-    failed = set()  # Tasks, or Figure 1: what one of its runs lacks, the others would too.
+    failed = _without_data(panels, grids, results_dir) if time.monotonic() < deadline else set()
     printed, printed_at = {}, time.monotonic()
     try:
         with pool.Pool() as processes:
@@ -140,15 +141,15 @@ def _run(panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pathlib
                 for name, job in _jobs(panels, grids, results_dir):
                     if not processes.has_room:
                         break
-                    if name not in processes.running and _task(name) not in failed:
+                    if name not in processes.running and not {name, _task(name)} & failed:
                         processes.submit(name, job)
                 if not processes.running:
                     break
                 now = time.monotonic()
                 for ended in processes.wait(min(printed_at + _SECONDS_BETWEEN_LINES, deadline) - now):
                     if ended.failed:
-                        failed.add(_task(ended.name))
-                        print(f"reproduce: {ended.name}: {ended.outcome}", file=sys.stderr, flush=True)
+                        failed.add(ended.name if _is_damaged(ended.name, results_dir) else _task(ended.name))
+                        _tell(f"{ended.name}: {ended.outcome}")
                     else:
                         print(f"{ended.name}: {ended.outcome}", flush=True)
                 if time.monotonic() - printed_at >= _SECONDS_BETWEEN_LINES:
@@ -164,15 +165,47 @@ def _run(panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pathlib
         raise RuntimeError(f"{', '.join(sorted(failed))}: left out after an error, which is above")
 
 
+def _without_data(panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pathlib.Path) -> set[str]:
+    """Returns the tasks, or Figure 1, whose data are missing: none of their runs can be made."""
+    to_run = {_task(name) for name, _ in _jobs(panels, grids, results_dir)}
+    experiments = {grid.cell.task: grid.run(grid.rates[0]).experiment for grid in grids}
+    experiments |= {_task(figure_1.name(panel)): figure_1.experiment(_data()) for panel in panels}
+    missing = set()
+    for task, experiment in experiments.items():
+        try:
+            if task in to_run:
+                experiment.find_data(data_flags.directories()["data_dir"])
+        except ValueError as e:
+            missing.add(task)
+            _tell(f"{task}: {program.first_line(e)}")
+    return missing
+
+
+def _is_damaged(name: str, results_dir: pathlib.Path) -> bool:
+    """Whether a run has failed for what is in its own directory, which is nothing to the others of its task."""
+    try:
+        run_directory.read_config(results_dir / "runs" / name)
+    except ValueError:
+        return True
+    return False
+
+
+def _tell(message: str) -> None:
+    print(f"reproduce: {message}", file=sys.stderr, flush=True)
+
+
+def _data() -> str | None:
+    return "embedded" if _QUICK.value else None
+
+
 def _jobs(
     panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pathlib.Path
 ) -> Iterator[tuple[str, pool.Job]]:
     """Yields what is not done yet, by name; it may be running."""
     common = {**data_flags.directories(), "workers": worker_flags.chosen()}
-    data = "embedded" if _QUICK.value else None
     for panel in panels:
         if not figure_1.read(results_dir, panel):
-            yield figure_1.name(panel), functools.partial(figure_1.execute, panel, data, results_dir, **common)
+            yield figure_1.name(panel), functools.partial(figure_1.execute, panel, _data(), results_dir, **common)
     for grid in grids:
         for run in grid.progress(results_dir)[1]:
             yield run.name, functools.partial(execution.execute, run, results_dir, **common)

@@ -34,6 +34,7 @@ flags.adopt_module_key_flags(worker_flags)
 def main() -> None:
     experiment, run_dir = _experiment()
     workers = worker_flags.chosen()
+    experiment.find_data(data_flags.directories()["data_dir"])
     print(_description(experiment, run_dir), flush=True)
     directory = RunDirectory(run_dir)
     try:

@@ -12,13 +12,12 @@ does not matter.
 import collections
 import os
 import pathlib
-import sys
 import time
 
 from absl import flags
 
 from binaries.command_line import program
-from tff_fedavg.worker_process import WorkerProcess, check_address
+from tff_fedavg.worker_process import WorkerProcess, check_address, tell
 
 _MAX_DEATHS = 3
 _SECONDS_OF_DEATHS = 60.0
@@ -36,7 +35,7 @@ def main() -> None:
     process = _start(address)
     try:
         if not address.startswith("unix:"):
-            _tell(f"whoever reaches {address} can run anything as this user: it is for private networks")
+            tell(f"whoever reaches {address} can run anything as this user: it is for private networks")
         print(f"listening at {address}, {len(os.sched_getaffinity(0))} cores; end with Ctrl-C", flush=True)
         deaths = collections.deque(maxlen=_MAX_DEATHS)
         while True:
@@ -44,7 +43,7 @@ def main() -> None:
             deaths.append(time.monotonic())
             if len(deaths) == _MAX_DEATHS and deaths[-1] - deaths[0] < _SECONDS_OF_DEATHS:
                 raise RuntimeError(f"the TFF worker ended {_MAX_DEATHS} times within a minute, last {end}")
-            _tell(f"the TFF worker is started again: it ended {end}")
+            tell(f"the TFF worker is started again: it ended {end}")
             process = WorkerProcess(address, confined=process.confined)
     finally:
         process.kill()
@@ -71,16 +70,12 @@ def _start(address: str) -> WorkerProcess:
             raise RuntimeError(f"the TFF worker did not start: it ended {process.end()}")
         if _CONFINED.value:
             raise RuntimeError(f"the TFF worker cannot be confined: {process.said()}")
-        _tell(
+        tell(
             f"the kernel does not let the TFF worker be confined ({process.said()}): it listens on another port too, "
             "where whoever reaches this machine can run anything as this user"
         )
         process = WorkerProcess(address, confined=False)
     return process
-
-
-def _tell(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

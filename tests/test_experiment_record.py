@@ -23,10 +23,6 @@ def write(run_dir, settings):
     (run_dir / "config.json").write_text(json.dumps({"settings": settings}))
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "C", "E", "B", "rounds", "eval_every"),
-    [("fedavg", 0.1, 5, 10, 100, 1), ("fedsgd", 0.1, 1, 0, 100, 1), ("sgd", None, None, 100, 10_000, 100)],
-)
 def test_what_follows_from_a_setting_that_is_changed_is_chosen_anew():
     experiment = Experiment(task="mnist_2nn", client_fraction=0.2, seed=3)
     changed = experiment.change({"algorithm": "fedsgd", "rounds": 7})
@@ -47,6 +43,10 @@ def test_a_configuration_that_was_changed_by_hand_is_read_without_its_checksum(t
     assert Experiment.read_json(path) == Experiment(task="mnist_2nn", seed=4)
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "C", "E", "B", "rounds", "eval_every"),
+    [("fedavg", 0.1, 5, 10, 100, 1), ("fedsgd", 0.1, 1, 0, 100, 1), ("sgd", None, None, 100, 10_000, 100)],
+)
 def test_defaults_are_those_of_the_algorithm(algorithm, C, E, B, rounds, eval_every):
     experiment = Experiment(algorithm=algorithm)
     assert (experiment.client_fraction, experiment.local_epochs, experiment.batch_size) == (C, E, B)

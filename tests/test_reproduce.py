@@ -262,7 +262,18 @@ def test_budget_that_is_used_up_ends_with_what_is_left(tmp_path):
     assert result.stdout == "left to run: 7 or more; the same command goes on with them\n"
 
 
-def test_error_of_a_run_leaves_out_its_task_and_the_others_are_run(tmp_path):
+def test_missing_data_of_a_task_are_told_at_once(tmp_path):
+    started = time.monotonic()
+    flags = ["--table=2", "--rows=shakespeare_lstm-*", f"--data_dir={tmp_path}", f"--results_dir={tmp_path}"]
+    result = reproduce(*flags)
+    assert time.monotonic() - started < 3
+    first, last = result.stderr.splitlines()
+    assert first.startswith("reproduce: shakespeare_lstm: data=gutenberg needs gutenberg-100-1994.txt (.gz or not)")
+    assert last == "reproduce: shakespeare_lstm: left out after an error, which is above"
+    assert result.returncode == 2
+
+
+def test_a_run_whose_directory_is_damaged_is_left_out_and_the_others_are_run(tmp_path):
     damaged = tmp_path / "runs" / "mnist_2nn-iid-C0.1-E1-B10" / "eta0.1" / "config.json"
     damaged.parent.mkdir(parents=True)
     damaged.write_text("{")
@@ -274,7 +285,8 @@ def test_error_of_a_run_leaves_out_its_task_and_the_others_are_run(tmp_path):
         f"reproduce: mnist_2nn-iid-C0.1-E1-B10/eta0.1: {damaged} is damaged: Expecting property name enclosed in "
         "double quotes: line 1 column 2 (char 1); give another run_dir, or remove this one"
     )
-    assert last == "reproduce: mnist_2nn: left out after an error, which is above"
+    assert last == "reproduce: mnist_2nn-iid-C0.1-E1-B10/eta0.1: left out after an error, which is above"
+    assert "mnist_2nn-pathological-C0.1-E1-B10/eta0.1: 2 rounds" in result.stdout
     assert "mnist_cnn-iid-C0.1-E1-B10/eta0.215-train_loss: 2 rounds" in result.stdout
     assert result.stdout.splitlines()[-1].startswith("left to run: ")
 

@@ -250,6 +250,24 @@ def test_three_rounds_without_a_finite_update_stop_the_run_and_the_weights_stay(
     assert max_difference(weights_of(Run(tmp_path, good_process).to(2)), model.initial_weights[0]) == 0
 
 
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_in_the_last_save_does_not_prevent_it(tmp_path, process, monkeypatch, interrupt):
+    save = saved_state.save_state
+    calls = []
+
+    def interrupted(run_dir, round_number, *args, **kwargs):
+        calls.append(round_number)
+        if calls == [0, 3]:
+            raise interrupt
+        save(run_dir, round_number, *args, **kwargs)
+
+    monkeypatch.setattr(saved_state, "save_state", interrupted)
+    with pytest.raises(interrupt):
+        Run(tmp_path, process).to(3)
+    assert calls == [0, 3, 3]
+    assert saved_state.saved_rounds(tmp_path) == [0, 3]
+
+
 @pytest.mark.parametrize(
     ("owner", "function", "what"),
     [(MetricsTable, "append", "metrics of round 0"), (saved_state, "save_state", "state of round 0")],

@@ -109,7 +109,7 @@ def train(
     lost_rounds = 0
     saved_at = time.monotonic()
 
-    def finish_round(round_number, metrics, state):
+    def record(round_number, metrics, state):
         nonlocal best
         if round_number % rounds_per_evaluation == 0 or round_number == total_rounds:
             evaluation = evaluate(state.global_model_weights)
@@ -120,7 +120,7 @@ def train(
             log.append(round_number, metrics)
         except OSError as e:
             raise NotSavedError(f"the metrics of round {round_number} could not be written: {e}") from e
-        on_round(Progress(round_number, metrics, target, best))
+        return Progress(round_number, metrics, target, best)
 
     def save(round_number, state):
         nonlocal saved_round, saved_at
@@ -134,9 +134,10 @@ def train(
 
     try:
         if round_number < 0:
-            finish_round(0, collections.OrderedDict(), state)
+            progress = record(0, {}, state)
             round_number = 0
             save(round_number, state)
+            on_round(progress)
         while round_number < total_rounds and not target.is_reached(best):
             start = time.monotonic()
             output = process.next(state, training_selection_fn(round_number + 1))
@@ -147,14 +148,19 @@ def train(
                 raise DivergedError(_diverged(next_round_number, lost_rounds, metrics))
             metrics["training_time_in_seconds"] = time.monotonic() - start
             metrics.update(also_released or {})
-            finish_round(next_round_number, metrics, output.state)
+            progress = record(next_round_number, metrics, output.state)
             round_number, state = next_round_number, output.state
+            on_round(progress)
             if time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES:
                 save(round_number, state)
     finally:
         with log:
             if round_number >= 0:
-                save(round_number, state)
+                try:
+                    save(round_number, state)
+                except (KeyboardInterrupt, SystemExit):  # It came just now: the save has to be made before the end.
+                    save(round_number, state)
+                    raise
     return state
 
 

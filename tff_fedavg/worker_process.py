@@ -1,6 +1,7 @@
 """The process of a TFF worker: its start, its end, and what it says. To import it takes no TensorFlow, and no time."""
 
 import collections
+import contextlib
 import importlib.util
 import math
 import os
@@ -145,5 +146,6 @@ def _oom_kills() -> int:
 
 
 def tell(message: str) -> None:
-    """Tells the user what happens to the workers."""
-    print(message, file=sys.stderr, flush=True)
+    """Tells the user what happens to the workers, if somebody reads it."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)

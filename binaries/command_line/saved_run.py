@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from binaries.command_line import data_flags, run_dirs
+from binaries.command_line.number import integer
 from binaries.experiment import Experiment
 from tff_fedavg import run_directory, saved_state
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from tasks.task import Task
 
 _RUN_DIR = flags.DEFINE_string("run_dir", None, "The directory of the run, as binaries.train leaves it.")
-_ROUND = flags.DEFINE_integer("round", None, "The round; by default the newest whose state is saved.")
+_ROUND = flags.DEFINE(integer(0, 2**31 - 1), "round", None, "The round; by default the newest whose state is saved.")
 
 flags.adopt_module_key_flags(data_flags)
 
@@ -25,12 +26,15 @@ def chosen() -> tuple[pathlib.Path, Experiment, int]:
     """Returns the directory, the experiment and the round that are meant, without TensorFlow.
 
     Raises:
-      ValueError: If there is no such run, or no saved state of the round.
+      ValueError: If there is no such run, no saved state of the round, or the data of the run are missing.
     """
     if _RUN_DIR.value is None:
         raise ValueError("--run_dir is missing: give the directory of a run")
     run_dir = pathlib.Path(os.path.expanduser(_RUN_DIR.value))
-    return run_dir, run_dirs.read_experiment(run_dir), saved_state.choose_round(run_dir, _ROUND.value)
+    experiment = run_dirs.read_experiment(run_dir)
+    round_number = saved_state.choose_round(run_dir, _ROUND.value)
+    experiment.find_data(data_flags.directories()["data_dir"])
+    return run_dir, experiment, round_number
 
 
 def load_weights(run_dir: pathlib.Path, round_number: int) -> "ModelWeights":

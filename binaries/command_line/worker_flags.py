@@ -3,7 +3,7 @@
 from absl import flags
 
 from binaries.command_line.number import real
-from binaries.experiment.workers import Workers
+from binaries.experiment.workers import LONGEST_TIMEOUT, Workers
 
 _DEFAULT = Workers()
 
@@ -11,7 +11,7 @@ _WORKERS = flags.DEFINE_list(
     "workers", [], "Workers that run already, on this machine or others: where binaries.worker says that they listen."
 )
 _WORKER_TIMEOUT = flags.DEFINE(
-    real(0, 1e6),
+    real(0, LONGEST_TIMEOUT),
     "worker_timeout",
     _DEFAULT.timeout,
     "Seconds after which the program ends if none of the --workers can be reached.",

@@ -6,6 +6,7 @@ two runs come from it.
 
 import dataclasses
 import os
+import pathlib
 import re
 import typing
 from collections.abc import Mapping
@@ -241,7 +242,7 @@ class Experiment:
             else:
                 value = setting.kind(value)
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "data", _choose(self.task, self.data, self.partition)[0])
+        object.__setattr__(self, "data", _choose(self.task, self.data, self.partition, self.clients)[0])
         if self.learning_rate is None:
             of = "task" if self.client_optimizer in _PLAIN else "client_optimizer"
             raise ValueError(f"--learning_rate has no default for --{of}={getattr(self, of)}: give it")
@@ -320,6 +321,10 @@ class Experiment:
                 )
         return dataclasses.replace(self, **changes)
 
+    def find_data(self, data_dir: str | os.PathLike[str] = tasks.DATA_DIR) -> list[pathlib.Path]:
+        """Finds the files of its data, or downloads them; see `tasks.find_data`. Needs no TensorFlow."""
+        return tasks.find_data(self.task, self.data, self.partition, data_dir)
+
     def build_task(
         self, data_dir: str | os.PathLike[str] = tasks.DATA_DIR, cache_dir: str | os.PathLike[str] = tasks.CACHE_DIR
     ) -> "Task":
@@ -343,9 +348,11 @@ SETTINGS = {
 }
 
 
-def _choose(task: str, data: str | None = None, partition: str | None = None) -> tuple[str, str]:
+def _choose(
+    task: str, data: str | None = None, partition: str | None = None, clients: int | None = None
+) -> tuple[str, str]:
     """As `tasks.choose`, which names an argument in what it raises: here it is a flag."""
     try:
-        return tasks.choose(task, data, partition)
+        return tasks.choose(task, data, partition, clients)
     except ValueError as e:
         raise ValueError(f"--{e}") from e

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 
 from tff_fedavg.worker_process import check_address
 
-_LONGEST_TIMEOUT = 1e6
+LONGEST_TIMEOUT = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Workers:
                 raise ValueError(f"--workers={e}") from e
         if len(set(self.addresses)) < len(self.addresses):
             raise ValueError(f"--workers={','.join(self.addresses)}: a worker is given twice")
-        if not 0 <= self.timeout <= _LONGEST_TIMEOUT:
-            raise ValueError(f"--worker_timeout={self.timeout}: take a number from 0 to {_LONGEST_TIMEOUT:g}")
+        if not 0 <= self.timeout <= LONGEST_TIMEOUT:
+            raise ValueError(f"--worker_timeout={self.timeout}: take a number from 0 to {LONGEST_TIMEOUT:g}")
         if self.addresses and self.confined is not None:
             raise ValueError("--confined is of no use with --workers, which run already: give it to binaries.worker")
 

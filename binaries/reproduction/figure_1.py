@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from binaries.experiment import Experiment
 from binaries.experiment.workers import Workers
 from binaries.reproduction.outcome import read_table, write_outcome
 from tff_fedavg.replacement import replacement
@@ -27,6 +28,11 @@ _FIELDS = ("theta", "loss")
 def name(panel: str) -> str:
     """Returns the name of a panel's run, as a directory below results/runs/."""
     return f"figure_1-{panel}"
+
+
+def experiment(data: str | None) -> Experiment:
+    """Returns what a parent trains: the task, its data source (None is the paper's) and its partition."""
+    return Experiment(task="mnist_2nn", data=data, partition="iid", local_epochs=20, batch_size=50, learning_rate=0.1)
 
 
 def read(results_dir: pathlib.Path, panel: str) -> list[tuple[float, float]]:
@@ -71,15 +77,21 @@ def execute(
     """
     import tensorflow_federated as tff
 
-    import tasks
     import tff_fedavg
 
+    setting = experiment(data)
     with (workers or Workers()).start():
-        task = tasks.build_task("mnist_2nn", data=data, data_dir=data_dir, cache_dir=cache_dir, partition="iid")
+        task = setting.build_task(data_dir, cache_dir)
         parents = []
         for client, seed in enumerate(PANELS[panel]):
             model = task.build_model(seed)
-            process = tff_fedavg.build_fed_avg(model, task.train, epochs=20, batch_size=50, learning_rate=0.1)
+            process = tff_fedavg.build_fed_avg(
+                model,
+                task.train,
+                epochs=setting.local_epochs,
+                batch_size=setting.batch_size,
+                learning_rate=setting.learning_rate,
+            )
             state = process.next(process.initialize(), [client]).state
             parents.append(state.global_model_weights.trainable)
         fed_eval = tff_fedavg.build_fed_eval(model, task.train)
