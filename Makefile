@@ -1,5 +1,6 @@
 # make train   sets up, and trains TASK on data that come with the packages (ARGS="--rounds=20 ..." for more flags)
 # make test    sets up, and passes the tests
+# make docs    builds the site of the documentation in site/ (site/index.html)
 # make lock    pins the newest versions that pyproject.toml allows
 # make clean   removes all that the other targets brought, except for runs/
 
@@ -12,7 +13,7 @@ export UV_PYTHON_INSTALL_DIR ?= $(CURDIR)/.uv/python
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 PYTHON := .venv/bin/python
 
-.PHONY: train test lock clean
+.PHONY: train test docs lock clean
 
 train: .venv/ready
 	$(PYTHON) -m binaries.train --task=$(TASK) --data=embedded --cache_dir=.uv/clients $(ARGS)
@@ -28,6 +29,15 @@ test: .venv/ready
 	$(UV) pip install --quiet --python $(PYTHON) --no-deps --no-build-isolation --editable .
 	touch $@
 
+docs: .venv-docs/ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet --strict
+
+# Without the configuration in pyproject.toml, whose overrides are those of the packages that training needs.
+.venv-docs/ready: docs/requirements.txt | $(UV)
+	$(UV) venv --quiet --clear --python 3.11 .venv-docs
+	$(UV) pip install --no-config --quiet --python .venv-docs/bin/python --no-deps --requirement docs/requirements.txt
+	touch $@
+
 .uv/bin/uv:
 	python3 -m venv .uv || (echo "make: python3 has no venv: install it (python3-venv), or install uv" >&2; exit 1)
 	.uv/bin/python -m pip install --quiet --disable-pip-version-check uv
@@ -35,7 +45,9 @@ test: .venv/ready
 lock: | $(UV)
 	$(UV) pip compile --quiet --upgrade --python-version 3.11 --extra dev --no-emit-index-url --no-annotate \
 		--custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
+	$(UV) pip compile --no-config --quiet --upgrade --python-version 3.11 --no-emit-index-url --no-annotate \
+		--custom-compile-command "make lock" --output-file docs/requirements.txt docs/requirements.in
 
 clean:
-	rm -rf .venv .uv *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs .uv site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
