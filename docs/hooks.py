@@ -4,9 +4,12 @@ So a link works alike in the site, in an editor and where the repository is brow
 """
 
 import pathlib
+import posixpath
+import re
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 # What is shown or linked besides docs/: pages, pictures and tables. In the site docs/ itself is the root.
 _ELSEWHERE = (
@@ -20,6 +23,9 @@ _ELSEWHERE = (
     "notebooks/*.ipynb",
 )
 _NOT_SHOWN = ("docs/hooks.py", "docs/requirements.in", "docs/requirements.txt")
+
+# A link whose text is the name of the file.
+_LINK_BY_NAME = re.compile(r"\[(?P<name>[\w./]+\.md)\](?=\((?P<path>[\w./]+\.md)(#[\w-]+)?\))")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -36,8 +42,29 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Has links say the title of a page where they say the name of its file."""
+    titles = dict(_titles(config.nav))
+    directory = posixpath.dirname(page.file.src_uri)
+
+    def title(link: re.Match) -> str:
+        path = posixpath.normpath(posixpath.join(directory, link["path"]))
+        return f"[{titles.get(path, link['name'])}]"
+
+    return _LINK_BY_NAME.sub(title, markdown)
+
+
 def _add(files: Files, config: MkDocsConfig, root: pathlib.Path, src_uri: str, site_uri: str) -> None:
     if src_uri in _NOT_SHOWN or "__pycache__" in src_uri:
         return
     dest_uri = File(site_uri, str(root), config.site_dir, config.use_directory_urls).dest_uri
     files.append(File(src_uri, str(root), config.site_dir, config.use_directory_urls, dest_uri=dest_uri))
+
+
+def _titles(nav: list[dict]):
+    for entry in nav:
+        for title, content in entry.items():
+            if isinstance(content, str):
+                yield content, title
+            else:
+                yield from _titles(content)
