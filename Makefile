@@ -1,6 +1,8 @@
 # make train   sets up, and trains TASK on data that come with the packages (ARGS="--rounds=20 ..." for more flags)
 # make test    sets up, and passes the tests
 # make docs    builds the site of the documentation in site/ (site/index.html)
+# make notebook         opens the notebooks in JupyterLab
+# make test-notebooks   runs them as they are run in JupyterLab and on Colab, which takes minutes
 # make lock    pins the newest versions that pyproject.toml allows
 # make clean   removes all that the other targets brought, except for runs/
 
@@ -10,10 +12,12 @@ ARGS ?=
 # All that is downloaded stays in this directory, where `make clean` finds it.
 export UV_CACHE_DIR ?= $(CURDIR)/.uv/cache
 export UV_PYTHON_INSTALL_DIR ?= $(CURDIR)/.uv/python
+# Colab's constraints are those of its own Python.
+unexport PIP_CONSTRAINT UV_CONSTRAINT UV_BUILD_CONSTRAINT
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 PYTHON := .venv/bin/python
 
-.PHONY: train test docs lock clean
+.PHONY: train test notebook test-notebooks docs lock clean
 
 train: .venv/ready
 	$(PYTHON) -m binaries.train --task=$(TASK) --data=embedded --cache_dir=.uv/clients $(ARGS)
@@ -22,6 +26,25 @@ test: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	$(PYTHON) -m pytest
+
+notebook: .venv/jupyter
+	TF_CPP_MIN_LOG_LEVEL=$(or $(TF_CPP_MIN_LOG_LEVEL),3) .venv/bin/jupyter lab $(ARGS) notebooks
+
+# Not named test_*.py, so that `make test` goes without it.
+test-notebooks: .venv/jupyter
+	UV=$(UV) $(PYTHON) -m pytest --numprocesses=0 tests/notebooks.py
+
+# What Jupyter needs in an environment besides the project's packages, whose versions stay. IPython from 8.19 on needs a
+# typing-extensions that TensorFlow 2.14 does not take.
+JUPYTER = $(UV) pip install --quiet --python $(PYTHON) --constraint requirements.lock "ipython<8.19"
+
+.venv/kernel: .venv/ready
+	$(JUPYTER) ipykernel
+	touch $@
+
+.venv/jupyter: .venv/kernel
+	$(JUPYTER) jupyterlab
+	touch $@
 
 .venv/ready: requirements.lock pyproject.toml | $(UV)
 	$(UV) venv --quiet --clear --python 3.11 .venv
