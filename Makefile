@@ -34,16 +34,8 @@ notebook: .venv/jupyter
 test-notebooks: .venv/jupyter
 	UV=$(UV) $(PYTHON) -m pytest --numprocesses=0 tests/notebooks.py
 
-# What Jupyter needs in an environment besides the project's packages, whose versions stay. IPython from 8.19 on needs a
-# typing-extensions that TensorFlow 2.14 does not take.
-JUPYTER = $(UV) pip install --quiet --python $(PYTHON) --constraint requirements.lock "ipython<8.19"
-
-.venv/kernel: .venv/ready
-	$(JUPYTER) ipykernel
-	touch $@
-
-.venv/jupyter: .venv/kernel
-	$(JUPYTER) jupyterlab
+.venv/jupyter: notebooks/requirements.txt .venv/ready
+	$(UV) pip install --quiet --python $(PYTHON) --no-deps --requirement notebooks/requirements.txt
 	touch $@
 
 .venv/ready: requirements.lock pyproject.toml | $(UV)
@@ -70,6 +62,9 @@ lock: | $(UV)
 		--custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
 	$(UV) pip compile --no-config --quiet --upgrade --python-version 3.11 --no-emit-index-url --no-annotate \
 		--custom-compile-command "make lock" --output-file docs/requirements.txt docs/requirements.in
+	$(UV) pip compile --quiet --upgrade --python-version 3.11 --no-emit-index-url --no-annotate \
+		--constraint requirements.lock --custom-compile-command "make lock" \
+		--output-file notebooks/requirements.txt notebooks/requirements.in
 
 clean:
 	rm -rf .venv .venv-docs .uv site *.egg-info .pytest_cache .ruff_cache .hypothesis

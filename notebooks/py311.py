@@ -53,15 +53,15 @@ def load_ipython_extension(shell):
 
 def _make_environment():
     """Has `make` bring what is missing, once: other notebooks wait for it."""
-    if not (_ROOT / ".venv/kernel").exists():
+    if not (_ROOT / ".venv/jupyter").exists():
         print(f"Python 3.11 and the project's packages, 2.5 GB, are brought into {_ROOT}: a minute or two.", flush=True)
     with open(_ROOT / "Makefile") as makefile:
         fcntl.flock(makefile, fcntl.LOCK_EX)
         make = subprocess.run(
-            ["make", ".venv/kernel"], cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            ["make", ".venv/jupyter"], cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
     if make.returncode:
-        raise RuntimeError(f"make .venv/kernel, in {_ROOT}, failed:\n{make.stdout}")
+        raise RuntimeError(f"make .venv/jupyter, in {_ROOT}, failed:\n{make.stdout}")
 
 
 class _Kernel:
