@@ -28,6 +28,7 @@ import zmq
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _SECONDS_TO_START = 120
+_SECONDS_TO_END = 2  # Jupyter kills the notebook's own kernel after five.
 _PUBLISHED = {"stream", "display_data", "execute_result", "update_display_data", "clear_output"}
 
 
@@ -75,7 +76,7 @@ class _Kernel:
         self._shell = shell
         self._asks = False
         self._start()
-        atexit.register(lambda: self._process.kill())
+        atexit.register(self._end)
 
     def _start(self):
         self._connection = jupyter_client.KernelManager()
@@ -114,11 +115,18 @@ class _Kernel:
                 self._log.seek(0)
                 raise RuntimeError(f"The kernel of {_ROOT}/.venv did not start:\n{self._log.read()}")
 
+    def _end(self):
+        self._connection.session.send(self._connection.connect_control(), "shutdown_request", {"restart": False})
+        try:
+            self._process.wait(_SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
     def run(self, cell):
         """Runs a cell; raises the error that it ended with."""
         with self._interrupts_passed_on():
-            # The number of the cell, which tracebacks name.
-            number = f"get_ipython().execution_count = {self._shell.execution_count}"
+            # The number of the cell, which tracebacks name. IPython 9 has the next one in its own execution_count.
+            number = f"get_ipython().execution_count = {len(self._shell.user_ns['In']) - 1}"
             self._request("execute_request", {"code": number, "silent": True})
             may_ask = self._shell.parent_header.get("content", {}).get("allow_stdin", False)
             # With stop_on_error a cell that is sent soon after an interrupt would be dropped.

@@ -290,12 +290,14 @@ def test_second_notebook_starts_within_seconds_and_restarts(colab, tmp_path):
 def test_kernel_of_the_project_ends_with_the_notebook(colab, tmp_path, end):
     with open_notebook(colab, tmp_path) as notebook:
         own = psutil.Process(int(notebook.value("import os; os.getpid()")))
+        notebook.run("import atexit, pathlib; atexit.register(pathlib.Path('ended').touch)")
         if end == "kill":
             notebook.kernel.signal_kernel(signal.SIGKILL)
             psutil.wait_procs([own], timeout=20)
             assert not own.is_running()
     psutil.wait_procs([own], timeout=20)
     assert not own.is_running()
+    assert (tmp_path / "ended").exists() == (end == "shutdown")
 
 
 def test_first_cell_gets_the_project_from_an_address_and_sets_it_up(colab, tmp_path):
