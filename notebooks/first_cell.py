@@ -12,7 +12,8 @@ import pathlib
 import re
 from typing import Any
 
-# Where the project is: the address of its repository, or a directory, which may be relative to the notebooks'.
+# Where notebooks that do not lie in the project find it: the address of its repository, or a directory. It has no
+# address yet, so that Colab cannot get it.
 PROJECT = ".."
 
 _NOTEBOOKS = pathlib.Path(__file__).parent
@@ -22,16 +23,18 @@ import os
 import subprocess
 import sys
 
-PROJECT = "{project}"  # Where the project is: a directory, or the address of its repository, which Colab needs.
+PROJECT = "{project}"  # Where the project is, unless this notebook lies in it: a directory, or a repository's address.
 
 # A kernel without the project has the cells that follow run in the project's environment, with Python 3.11.
 if not all(map(importlib.util.find_spec, ["tensorflow_federated", "tff_fedavg"])):
-    directory = os.path.abspath("tff_fedavg_project" if "://" in PROJECT else PROJECT)
-    if "://" in PROJECT and not os.path.exists(directory):
-        subprocess.run(["git", "clone", "--quiet", "--depth=1", PROJECT, directory], check=True)
-    if not os.path.exists(os.path.join(directory, "notebooks", "py311.py")):
-        raise FileNotFoundError(f"{{directory}} is not the project: PROJECT, above, has to name it")
-    sys.path.append(os.path.join(directory, "notebooks"))
+    directory = ".." if os.path.exists("../notebooks/py311.py") else PROJECT
+    if "://" in directory:
+        directory = "tff_fedavg_project"
+        if not os.path.exists(directory):
+            subprocess.run(["git", "clone", "--quiet", "--depth=1", PROJECT, directory], check=True)
+    if not os.path.exists(f"{{directory}}/notebooks/py311.py"):
+        raise FileNotFoundError(f"{{directory}} is not the project: PROJECT, above, has to say where it is")
+    sys.path.append(os.path.abspath(f"{{directory}}/notebooks"))
     get_ipython().run_line_magic("load_ext", "py311")"""
 _BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({address})"
 

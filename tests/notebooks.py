@@ -56,8 +56,8 @@ def python(request):
 def manager(python, kind=KernelManager):
     kernel = kind()
     environment = {"TF_CPP_MIN_LOG_LEVEL": "3", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-    if python != sys.executable:  # As on Colab, where these may name files that are not there.
-        environment.update({"UV_CONSTRAINT": "/missing", "PIP_CONSTRAINT": "/missing"})
+    if python != sys.executable:  # As on Colab, where the constraints may be files that are not there.
+        environment.update({"UV_CONSTRAINT": "/missing", "PIP_CONSTRAINT": "/missing", "UV_SYSTEM_PYTHON": "true"})
     kernel._kernel_spec = KernelSpec(
         argv=[python, "-m", "ipykernel_launcher", "-f", "{connection_file}"], language="python", env=environment
     )
@@ -309,10 +309,15 @@ def test_first_cell_gets_the_project_from_an_address_and_sets_it_up(colab, tmp_p
         assert notebook.value(code) == repr(str(tmp_path / "tff_fedavg_project" / "tff_fedavg" / "__init__.py"))
 
 
+def test_notebook_that_lies_in_the_project_uses_that(colab):
+    with open_notebook(colab, ROOT / "notebooks", "https://example.invalid/project") as notebook:
+        assert notebook.value("import sys; sys.executable") == repr(sys.executable)
+
+
 def test_first_cell_tells_when_the_project_is_not_there(colab, tmp_path):
     with open_notebook(colab, tmp_path, tmp_path) as notebook:
         _, [(kind, content)] = notebook.printed
-        assert content["evalue"] == f"{tmp_path} is not the project: PROJECT, above, has to name it"
+        assert content["evalue"] == f"{tmp_path} is not the project: PROJECT, above, has to say where it is"
 
 
 def test_jupyter_leaves_the_versions_as_they_are(tmp_path):
