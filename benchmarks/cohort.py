@@ -16,6 +16,7 @@ from absl import flags
 
 import tasks
 from binaries.command_line import data_flags, program
+from tff_fedavg import picture
 from tff_fedavg.replacement import replacement
 
 _OUTPUT = flags.DEFINE_string("output", None, "A CSV file for the figures; a picture of the same name goes beside it.")
@@ -86,24 +87,22 @@ def _measure(task_name: str, partition: str, total: int | None, aggregator: str,
 
 
 def _plot(rows: list[tuple], path: pathlib.Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = picture.new_figure()
     time_axes, memory_axes = figure.subplots(1, 2)
-    names = list(dict.fromkeys(row[0] for row in rows))
+    colors = dict(zip(dict.fromkeys(row[0] for row in rows), picture.COLORS))
     for task, aggregator in dict.fromkeys(row[:2] for row in rows):
         clients, seconds, megabytes = zip(*(row[2:] for row in rows if row[:2] == (task, aggregator)))
-        style = {"marker": "o", "color": f"C{names.index(task)}", "linestyle": "-" if aggregator == "mean" else "--"}
+        style = {"marker": "o", "color": colors[task], "linestyle": "-" if aggregator == "mean" else "--"}
         time_axes.plot(clients, [1000 * s / c for s, c in zip(seconds, clients)], **style)
         memory_axes.plot(clients, megabytes, label=f"{task}, {aggregator}", **style)
-    time_axes.set(title="Time of a client", ylabel="milliseconds")
-    memory_axes.set(title="Largest memory of the worker", ylabel="MB")
+    figure.suptitle("Rounds of many clients, by what adds up their updates")
+    time_axes.set(ylabel="milliseconds of a client")
+    memory_axes.set(ylabel="largest memory of the worker, MB")
     for axes in (time_axes, memory_axes):
         axes.set(xlabel="clients in a round", xscale="log", yscale="log")
         axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
-    with replacement(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    figure.legend(loc="outside lower center", ncols=3)
+    picture.save(figure, path)
 
 
 if __name__ == "__main__":

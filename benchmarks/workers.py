@@ -26,6 +26,7 @@ from typing import Any
 from absl import flags
 
 from binaries.command_line import program
+from tff_fedavg import picture
 from tff_fedavg.replacement import replacement
 
 _OUTPUT = flags.DEFINE_string("output", None, "A CSV file for the figures; a picture of the same name goes beside it.")
@@ -178,28 +179,24 @@ def _bytes_per_second(rows: list[tuple]) -> float:
 
 def _plot(rows: list[tuple], path: pathlib.Path) -> None:
     import numpy as np
-    from matplotlib.figure import Figure
 
     rate = _bytes_per_second(rows)
     print(f"{rate / 1e6:.0f} MB a second through the program")
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = picture.new_figure()
     axes = figure.subplots()
     on_paper = np.array([1, 2, 4, 8, 16, 32, 64])
-    for name in _WEIGHTS:
+    for name, color in zip(_WEIGHTS, picture.COLORS):
         numbers, seconds = zip(*(row[2:] for row in rows if row[:2] == ("sleep", name)))
-        (line,) = axes.plot(numbers, [seconds[0] / s for s in seconds], "o", label=name)
+        axes.plot(numbers, [seconds[0] / s for s in seconds], "o", color=color, label=f"weights of the {name}")
         expected = [_SLEEPERS * _SECONDS / n + _moved_bytes(name, n) / rate for n in on_paper]
-        axes.plot(on_paper, expected[0] / np.array(expected), color=line.get_color())
+        axes.plot(on_paper, expected[0] / np.array(expected), color=color)
     axes.plot(on_paper, on_paper, color="grey", linestyle=":", label="as many as workers")
     axes.set(xlabel="workers", ylabel="times as fast as one", xscale="log", yscale="log")
     axes.set(xticks=on_paper, xticklabels=on_paper, yticks=on_paper, yticklabels=on_paper)
-    axes.set_title(
-        f"Rounds of {_SLEEPERS} clients that sleep {_SECONDS} s: measured (dots), on paper (lines)", fontsize=10
-    )
-    axes.legend()
+    axes.set_title(f"Rounds of {_SLEEPERS} clients that sleep {_SECONDS} s: measured (dots), on paper (lines)")
+    figure.legend(loc="outside lower center", ncols=3)
     axes.grid(alpha=0.3)
-    with replacement(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    picture.save(figure, path)
 
 
 if __name__ == "__main__":

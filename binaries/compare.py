@@ -6,7 +6,6 @@ Prints the table, and leaves it in --output_dir as comparison.md beside comparis
 """
 
 import dataclasses
-import itertools
 import os
 import pathlib
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from absl import flags
 from binaries.command_line import program, run_dirs
 from binaries.experiment import Experiment
 from binaries.experiment.record import SETTINGS
-from tff_fedavg import run_directory
+from tff_fedavg import learning_curve, picture, run_directory
 from tff_fedavg.learning_curve import Target
 from tff_fedavg.metrics_table import ROUND_FIELD
 from tff_fedavg.replacement import replacement
@@ -31,10 +30,7 @@ _AXES = {
 _X = flags.DEFINE_enum("x", _ROUNDS, list(_AXES), "What the curves are drawn over.")
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "comparison", "Where the picture and the table go.")
 
-# Those of Okabe and Ito (2008), which colour-blind readers can tell apart, without the yellow, which is pale on white.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_LINES = ("-", "--", ":", "-.")
-_MOST_RUNS = len(_COLORS) * len(_LINES)
+_MOST_RUNS = len(picture.STYLES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,20 +154,17 @@ def _table(runs: Sequence[_Run], target: Target) -> str:
 
 def _plot(path: pathlib.Path, runs: Sequence[_Run], target: Target, unit: str) -> None:
     """Draws the curves as `learning_curve.plot` draws one: what was measured as points, the best so far as a line."""
-    import matplotlib.figure  # Takes a second to import.
-
-    figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for run, (line, color) in zip(runs, itertools.product(_LINES, _COLORS)):
-        x, values = run.curve(unit, target)
-        axes.plot(x, values, ".", color=color, alpha=0.3)
-        axes.plot(x, target.monotone(values), line, color=color, label=run.name)
-    axes.axhline(target.value, color="gray", linewidth=1)
-    axes.set(xlabel=_AXES[unit], ylabel=f"test {target.metric}")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-    with replacement(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    figure = picture.new_figure()
+    curves = [run.curve(unit, target) for run in runs]
+    for axes in learning_curve.panels(figure, np.concatenate([values for _, values in curves]), target):
+        for run, (x, values), (color, line, _) in zip(runs, curves, picture.STYLES):
+            axes.plot(x, values, ".", color=color, alpha=0.3)
+            axes.plot(x, target.monotone(values), line, color=color, label=run.name)
+        axes.axhline(target.value, color="gray", linewidth=1, label=f"{target.metric} {target.value:.4g}")
+        axes.set(xlabel=_AXES[unit])
+    figure.suptitle(f"Test {target.metric} by {_AXES[unit]}: measured (dots), best so far (lines)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    picture.save(figure, path)
 
 
 if __name__ == "__main__":

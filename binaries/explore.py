@@ -10,6 +10,7 @@ from absl import flags
 
 from binaries.command_line import data_flags, experiment_flags, program
 from binaries.experiment import Experiment
+from tff_fedavg import picture
 
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Where the pictures go; by default pictures/TASK-PARTITION.")
 
@@ -33,7 +34,7 @@ def main() -> None:
     print(pictures.summary(task))
     for name, draw in pictures.kinds(task).items():
         path = output_dir / f"{name}.png"
-        pictures.save(draw(task), path)
+        picture.save(draw(task), path)
         print(path)
 
 

@@ -1,24 +1,23 @@
 """Pictures of a federated data set, for programs and notebooks."""
 
-import os
 import textwrap
 from collections.abc import Callable
 
-import matplotlib.figure
 import numpy as np
 import tensorflow as tf
+from matplotlib.figure import Figure
 
 from tasks.task import Task
-from tff_fedavg.replacement import replacement
+from tff_fedavg import picture
 
 _BINS = 40
 _SHOWN_CLIENTS = 40
 _SHOWN_LABELS = 40
-_CLIENTS_SIDE_BY_SIDE = 5
+_CLIENTS_WITH_EXAMPLES = 5
 _IMAGES_PER_CLIENT = 20
 _IMAGES_PER_ROW = 4
-_TEXTS_PER_CLIENT = 10
-_TEXT_WIDTH = 42
+_TEXTS_PER_CLIENT = 5
+_TEXT_WIDTH = 100
 _SKEWED = 20
 
 
@@ -31,7 +30,7 @@ def summary(task: Task) -> str:
     )
 
 
-def kinds(task: Task) -> dict[str, Callable[[Task], matplotlib.figure.Figure]]:
+def kinds(task: Task) -> dict[str, Callable[[Task], Figure]]:
     """Returns, by name, those of the functions below that can draw this task."""
     drawn = {"examples_per_client": examples_per_client}
     if task.label_names is not None:
@@ -42,27 +41,28 @@ def kinds(task: Task) -> dict[str, Callable[[Task], matplotlib.figure.Figure]]:
     return drawn
 
 
-def examples_per_client(task: Task) -> matplotlib.figure.Figure:
+def examples_per_client(task: Task) -> Figure:
     """Draws how many clients have how many examples."""
     n = task.train.num_examples
-    figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
+    color, other_color, *_ = picture.COLORS
+    figure = picture.new_figure()
     axes = figure.add_subplot()
     low, high = max(n.min(), 1), n.max()
     if high > _SKEWED * low:
-        axes.hist(n, np.geomspace(low, high + 1, _BINS + 1), color="tab:blue")
+        axes.hist(n, np.geomspace(low, high + 1, _BINS + 1), color=color)
         axes.set_xscale("log")
     else:
-        axes.hist(n, min(_BINS, high - low + 1), (low - 0.5, high + 0.5), color="tab:blue")
+        axes.hist(n, min(_BINS, high - low + 1), range=(low - 0.5, high + 0.5), color=color)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.axvline(np.median(n), color="tab:red", label=f"median {np.median(n):g}")
-    axes.axvline(n.mean(), color="tab:red", linestyle="--", label=f"mean {n.mean():.1f}")
-    axes.set(xlabel="examples $n_k$ of a client", ylabel="clients", title=_title(task))
+    axes.axvline(np.median(n), color=other_color, label=f"median {np.median(n):g}")
+    axes.axvline(n.mean(), color=other_color, linestyle="--", label=f"mean {n.mean():.1f}")
+    axes.set(xlabel="examples $n_k$ of a client", ylabel="clients", title=_title("Examples of a client", task))
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
-def labels_per_client(task: Task) -> matplotlib.figure.Figure:
+def labels_per_client(task: Task) -> Figure:
     """Draws the share of each label in the examples of some clients; of many labels, those that they use most."""
     clients = _spread(task.train.num_clients, _SHOWN_CLIENTS)
     names = task.label_names()
@@ -71,43 +71,44 @@ def labels_per_client(task: Task) -> matplotlib.figure.Figure:
     most_used = np.argsort(-counts.sum(0), kind="stable")[:_SHOWN_LABELS]
     shown = sorted(label for label in most_used if names[label])
     shares = counts[:, shown] / np.maximum(counts.sum(1, keepdims=True), 1)
-    figure = matplotlib.figure.Figure(figsize=(3 + 0.22 * len(shown), 7), layout="constrained")
+    figure = picture.new_figure(7)
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0, aspect="auto", interpolation="nearest")
-    axes.set_xticks(range(len(shown)), [_tick(names[label]) for label in shown], rotation=90 if len(shown) > 10 else 0)
-    axes.set_yticks(range(len(clients)), clients, fontsize="x-small")
-    axes.set(xlabel="label", ylabel="client", title=_title(task))
+    ticks = [_tick(names[label]) for label in shown]
+    axes.set_xticks(range(len(shown)), ticks, rotation=90 if len(shown) > 10 else 0, parse_math=False)
+    axes.set_yticks(range(len(clients)), clients, fontsize="small")
+    axes.set(xlabel="label", ylabel="client", title=_title("Labels of a client", task))
     figure.colorbar(image, label="share of the client's labels")
     return figure
 
 
-def clients(task: Task) -> matplotlib.figure.Figure:
-    """Draws the first examples of a few clients, side by side, as the model gets them in training."""
-    columns = _spread(task.train.num_clients, _CLIENTS_SIDE_BY_SIDE)
-    figure = matplotlib.figure.Figure(figsize=(3.2 * len(columns), 4.5), layout="constrained")
-    figure.suptitle(_title(task))
-    for axes, k in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns):
-        axes.set_title(f"client {k}: {task.train.num_examples[k]} examples", fontsize="medium")
+def clients(task: Task) -> Figure:
+    """Draws the first examples of a few clients, as the model gets them in training."""
+    columns = _spread(task.train.num_clients, _CLIENTS_WITH_EXAMPLES)
+    are_images = task.train.batch_spec[1].shape.rank == 1
+    figure = picture.new_figure(3.2 if are_images else 6)
+    figure.suptitle(_title("First examples of some clients", task))
+    # Texts are long: one client below another.
+    shape = (1, len(columns)) if are_images else (len(columns), 1)
+    for axes, k in zip(figure.subplots(*shape, squeeze=False).flat, columns):
+        title = f"client {k}: {task.train.num_examples[k]} examples"
         axes.axis("off")
         x, y = _examples(task, k)
-        if y.ndim == 1:
+        if are_images:
+            axes.set_title(title, fontsize="small")
             axes.imshow(_mosaic(x[:_IMAGES_PER_CLIENT]), cmap="gray_r", interpolation="nearest")
         else:
+            axes.set_title(title, fontsize="medium", loc="left")
             names = task.label_names()
-            lines = ("".join(names[label] for label in row).strip() for row in y[:_TEXTS_PER_CLIENT])
-            text = "\n".join(textwrap.shorten(line, _TEXT_WIDTH, placeholder="…") for line in lines)
+            lines = ("".join(names[label] for label in row) for row in y[:_TEXTS_PER_CLIENT])
+            shown = ("".join(c if c.isprintable() else " " for c in line) for line in lines)
+            text = "\n".join(textwrap.shorten(line, _TEXT_WIDTH, placeholder="…") for line in shown)
             axes.text(0, 1, text, va="top", fontsize="small", parse_math=False)
     return figure
 
 
-def save(figure: matplotlib.figure.Figure, path: str | os.PathLike[str]) -> None:
-    """Writes a figure as PNG; the file is replaced in one step."""
-    with replacement(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-
-
-def _title(task: Task) -> str:
-    return f"{task.name}: {task.train.num_clients} clients, {task.train.num_examples.sum()} examples"
+def _title(shown: str, task: Task) -> str:
+    return f"{shown}: {task.name}, {task.train.num_clients} clients, {task.train.num_examples.sum()} examples"
 
 
 def _spread(num_clients: int, most: int) -> list[int]:
@@ -137,4 +138,6 @@ def _mosaic(images: np.ndarray) -> np.ndarray:
 
 
 def _tick(name: str) -> str:
-    return name.strip() or repr(name)[1:-1]
+    """Returns what is printed for a label: fonts have no glyphs for control characters, and a space is not seen."""
+    name = name.strip(" ") or "␣"
+    return name if name.isprintable() else repr(name)[1:-1]

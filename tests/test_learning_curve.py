@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tff_fedavg import learning_curve
+from tff_fedavg import learning_curve, picture
 from tff_fedavg.learning_curve import Target
 
 accuracy = st.floats(0, 1, width=32)
@@ -92,3 +92,19 @@ def test_plot_draws_a_picture_and_leaves_no_temporary_file(tmp_path):
     learning_curve.plot(path, [0, 1, 2], [0.1, 0.8, 0.7], target=Target(0.75), title="test")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert np.array_equal([p.name for p in tmp_path.iterdir()], ["curve.png"])
+
+
+@pytest.mark.parametrize(
+    ("values", "num_panels"), [([0.1, 0.8, 0.96], 2), ([0.8, 0.95, 0.96], 1), ([0.1, math.nan, 0.8], 1), ([], 1)]
+)
+def test_picture_cuts_off_no_round_and_shows_the_last_per_cents_beside_them_where_they_are_flat(values, num_panels):
+    figure = picture.new_figure()
+    panels = learning_curve.panels(figure, values, Target(0.97))
+    for axes in panels:
+        axes.plot(range(len(values)), values)
+    assert len(panels) == num_panels
+    if values:
+        bottom, top = panels[0].get_ylim()
+        assert bottom < min(values) < np.nanmax(values) < top
+    if num_panels == 2:
+        assert panels[1].get_ylim() == pytest.approx((0.88, 0.97 + 0.05 * 0.09))

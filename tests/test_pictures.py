@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from tasks import pictures
 from tasks.task import Task
+from tff_fedavg import picture
 from tff_fedavg.client_data import ClientDataset, write_client_dataset
 
 WORDS = ["", "to ", "be ", "or ", "not "]
@@ -78,6 +79,18 @@ def test_clients_are_drawn_with_their_images(image_task):
 def test_clients_are_drawn_with_their_texts(text_task):
     texts = [axes.texts[0].get_text() for axes in pictures.clients(text_task).axes]
     assert texts == ["to be\nor not", "be be be"]
+
+
+def test_what_has_no_glyph_is_escaped_as_a_label_and_left_out_of_texts(tmp_path, recwarn):
+    names = ["a", "\x03", " ", "\n", "$"]
+    clients = [{"y": np.array([[0, 2, 4, 1], [0, 3, 0, 1]], np.uint8)}]
+    task = build_task(tmp_path, clients, lambda e, seed: (e["y"], e["y"]), names)
+    labels, examples = pictures.labels_per_client(task), pictures.clients(task)
+    assert [tick.get_text() for tick in labels.axes[0].get_xticklabels()] == ["a", "\\x03", "␣", "\\n", "$"]
+    assert examples.axes[0].texts[0].get_text() == "a $\na a"
+    for figure in (labels, examples):
+        picture.save(figure, tmp_path / "picture.png")
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 def test_program_leaves_three_pictures_and_says_where(tmp_path):

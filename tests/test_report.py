@@ -125,11 +125,28 @@ def test_rounds_of_all_tables_are_drawn_over_the_papers(results_dir, tmp_path, m
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
     report.write(tmp_path)
-    (axes,) = [axes for axes in drawn if axes.get_title() == "Tables 1 to 4"]
+    (axes,) = [axes for axes in drawn if axes.get_title().startswith("Tables 1 to 4")]
     points = {line.get_label(): set(zip(*line.get_data())) for line in axes.lines}
     # FedSGD and FedAvg with B = 10 are in Table 1 and in Table 4.
     assert points["mnist_2nn iid"] == {(1474, 1500), (1468, 1500), (87, 50), (92, 50)}
     assert points["mnist_2nn iid, not reached until here"] == {(144, 216)}
+
+
+def test_a_setting_has_one_colour_in_all_panels_and_in_the_legend(results_dir, tmp_path, monkeypatch):
+    shutil.copytree(results_dir, tmp_path, dirs_exist_ok=True)
+    for part, rate in (("iid", 0.215), ("pathological", 0.1)):
+        grid = next(c.grid for c in plan.figures()[8].curves if (c.panel, c.label) == (part, "E=25"))
+        record(tmp_path, grid.run(rate), [(0, 0.1, 2.0), (5, 0.9, 0.06)], ended="cap")
+    drawn = []
+    monkeypatch.setattr(report.picture, "save", lambda figure, path: drawn.append(figure))
+    report.write(tmp_path)
+    (figure,) = [figure for figure in drawn if "Figure 8" in figure.get_suptitle()]
+    legend = {line.get_label(): line.get_color() for line in figure.legends[0].get_lines()}
+    for axes in figure.axes:
+        measured = {line.get_color() for line in axes.lines if list(line.get_ydata()) == [2.0, 0.06]}
+        assert measured == {legend["E=25"]}
+    settings = [color for label, color in legend.items() if label.startswith("E=")]
+    assert len(settings) == len(set(settings)) == 7
 
 
 def test_claims_are_put_to_what_was_run_and_what_contradicts_one_is_named(results_dir, tmp_path):

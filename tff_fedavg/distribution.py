@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from tff_fedavg import picture
 from tff_fedavg.learning_curve import Target
-from tff_fedavg.replacement import replacement
 
 _BINS = 30
 _WORST = 0.1
-_COLORS = ("#0072B2", "#D55E00")  # Of Okabe and Ito (2008): colour-blind readers can tell them apart.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,17 +68,14 @@ def plot(
       target: Names the metric.
       title: Title of the picture.
     """
-    import matplotlib.figure  # Takes a second to import.
-
-    figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
+    figure = picture.new_figure()
     axes = figure.add_subplot()
     edges = np.histogram_bin_edges(np.concatenate(list(values.values())), _BINS)
-    for (label, each), color in zip(values.items(), _COLORS):
+    for (label, each), color in zip(values.items(), picture.COLORS):
         axes.hist(each, edges, color=color, alpha=0.5, label=label)
         axes.axvline(np.mean(each), color=color, label=f"mean {np.mean(each):.4f}")
     axes.set(xlabel=f"{target.metric} of a client", ylabel="clients", title=title)
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    axes.legend()
-    with replacement(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    figure.legend(loc="outside lower center", ncols=2 * len(values))
+    picture.save(figure, path)

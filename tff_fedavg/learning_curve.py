@@ -9,13 +9,18 @@ import math
 import numbers
 import os
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tff_fedavg import picture
 from tff_fedavg.metrics_table import ROUND_FIELD
-from tff_fedavg.replacement import replacement
 
-# Height of a picture, in multiples of the error rate at the target.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Height of the panel for the last per cents, in multiples of the error rate at the target.
 _SHOWN_ERRORS = 4
 
 
@@ -83,6 +88,33 @@ def evaluations(metrics: Sequence[dict[str, float]], metric: str = "accuracy") -
     return [int(row[ROUND_FIELD]) for row in rows], [row[field] for row in rows]
 
 
+def panels(figure: "Figure", values: Sequence[float], target: Target) -> list["Axes"]:
+    """Returns the panels in which curves are to be drawn, all of them in each.
+
+    Args:
+      figure: An empty figure.
+      values: All values of all curves.
+      target: The target, which names the metric.
+    """
+    known = [value for value in values if not math.isnan(value)]
+    near_target = None
+    if known and target.metric == "accuracy" and target.value is not None:
+        # The first rounds may take up most of the height, when it is the last per cents that count.
+        bottom, top = 1 - _SHOWN_ERRORS * (1 - target.value), max(*known, target.value)
+        if max(known) > bottom and bottom - min(known) > top - bottom:
+            near_target = bottom, top + 0.05 * (top - bottom)
+    axes = figure.subplots(1, 2 if near_target else 1, squeeze=False)[0]
+    if near_target:
+        axes[0].set_title("all rounds", fontsize="medium")
+        axes[1].set_title("near the target", fontsize="medium")
+        axes[1].set_ylim(near_target)
+    for each in axes:
+        each.xaxis.get_major_locator().set_params(integer=True)
+        each.grid(alpha=0.3)
+    axes[0].set(ylabel=f"test {target.metric}")
+    return list(axes)
+
+
 def plot(
     path: str | os.PathLike[str], rounds: Sequence[int], values: Sequence[float], *, target: Target, title: str
 ) -> None:
@@ -93,28 +125,21 @@ def plot(
       rounds: As for `Target.rounds`.
       values: As for `Target.rounds`.
       target: The target, which names the metric.
-      title: Title of the picture.
+      title: What was run.
     """
-    import matplotlib.figure  # Takes a second to import, and only the end of a run needs it.
-
-    figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(rounds, values, ".", color="tab:blue", alpha=0.4, label="measured")
-    axes.plot(rounds, target.monotone(values), color="tab:blue", label="best so far")
-    if target.value is not None:
-        axes.axhline(target.value, color="gray", linewidth=1, label=f"target {target.value:g}")
-        crossing = target.rounds(rounds, values)
-        if crossing is not None:
-            axes.plot([crossing], [target.value], "o", color="tab:red", label=f"reached in round {crossing:.1f}")
-    if target.metric == "accuracy" and target.value is not None:
-        # The first rounds would take up the whole height, when it is the last per cents that count.
-        bottom = 1 - _SHOWN_ERRORS * (1 - target.value)
-        if max(values, default=0) > bottom > min(values, default=0):
-            top = max(*values, target.value)
-            axes.set_ylim(bottom, top + 0.05 * (top - bottom))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="communication rounds", ylabel=f"test {target.metric}", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper right" if target.lower_is_better else "lower right")
-    with replacement(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    best_color, reached_color, *_ = picture.COLORS
+    figure = picture.new_figure()
+    for axes in panels(figure, values, target):
+        axes.plot(rounds, values, ".", color=best_color, alpha=0.4, label="measured")
+        axes.plot(rounds, target.monotone(values), color=best_color, label="best so far")
+        if target.value is not None and target != Target(1.0):  # As an accuracy, 1 is for none.
+            axes.axhline(target.value, color="gray", linewidth=1, label=f"target {target.value:g}")
+            crossing = target.rounds(rounds, values)
+            if crossing is not None:
+                axes.plot(
+                    [crossing], [target.value], "o", color=reached_color, label=f"reached in round {crossing:.1f}"
+                )
+        axes.set(xlabel="communication rounds")
+    figure.suptitle(f"Test {target.metric} by round: {title}")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    picture.save(figure, path)

@@ -89,7 +89,7 @@ def run(
             rate = experiment.learning_rate
             raise training.DivergedError(f"{e} at learning_rate={rate:g}; {run_dir} keeps the state before it") from e
         finally:
-            title = f"{task.name}, {experiment.partition}, {experiment.algorithm}"
+            title = ", ".join(part for part in (task.name, experiment.partition, experiment.algorithm) if part)
             curve = learning_curve.evaluations(read_metrics(run_dir), target.metric)
             learning_curve.plot(directory.learning_curve_png, *curve, target=target, title=title)
     return _outcome(experiment, directory, task, target)

@@ -6,22 +6,27 @@ All of it is computed from the files of the runs and from `published`. What was 
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
-import matplotlib.figure
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Picture
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogFormatter
 
 from binaries.experiment import Experiment
 from binaries.reproduction import claims, figure_1, plan, published
 from binaries.reproduction.outcome import read_metrics
 from binaries.reproduction.plan import Curve, Figure, Grid, Run
 from binaries.reproduction.published import Row
-from tff_fedavg import learning_curve
+from tff_fedavg import learning_curve, picture
 from tff_fedavg.metrics_table import ROUND_FIELD
 from tff_fedavg.replacement import replacement
 
 _TOLERANCE = 0.25  # Rounds that differ by more are marked. The paper's own repeats of a cell differ by as much.
 _NOT_RUN = "not run"
 _SHOWN_ACCURACIES = {"mnist_2nn": (0.933, 0.987), "mnist_cnn": (0.97, 1.0), "shakespeare_lstm": (0.2, 0.65)}
-_PANEL_INCHES = (6.0, 4.2)
+_PANEL_INCHES = 3.0  # The height.
+# Dotted, and with hollow markers where the points are few.
+_OF_THE_PAPER = {"linestyle": ":", "linewidth": 1, "marker": "o", "markersize": 4, "markerfacecolor": "none"}
 
 _INTRODUCTION = """# Results
 
@@ -129,24 +134,26 @@ def _overview(measured: Mapping[Row, _Measured], results_dir: pathlib.Path) -> s
     compared = {row: m for row, m in measured.items() if row.rounds and (m.rounds or (m.run and m.complete))}
     if not compared:
         return f"{_OVERVIEW}: {_NOT_RUN}"
+    colors = dict(zip(dict.fromkeys((row.cell.task, row.cell.partition) for row in compared), picture.COLORS))
     groups = {}
     for row, m in compared.items():
-        marker, note = ("o", "") if m.rounds else ("^", ", not reached until here")
-        group = f"{row.cell.task} {row.cell.partition}{note}", marker
+        group = (row.cell.task, row.cell.partition), m.rounds is not None
         groups.setdefault(group, []).append((row.rounds, m.rounds or m.last_round))
-    picture, panels = _panels([_OVERVIEW])
-    axes = panels[_OVERVIEW]
-    for (label, marker), points in groups.items():
-        axes.plot(*zip(*points), marker, markersize=4, label=label)
+    drawn = picture.new_figure(5.5)
+    axes = drawn.add_subplot()
+    for (of, is_reached), points in groups.items():
+        label = " ".join(of) + ("" if is_reached else ", not reached until here")
+        axes.plot(*zip(*points), "o" if is_reached else "^", color=colors[of], markersize=5, label=label)
     numbers = np.concatenate(list(groups.values()))
     ends = np.array([numbers.min() / 2, 2 * numbers.max()])
     axes.plot(ends, ends, color="gray", linewidth=0.8)
     band = {"color": "lightgray", "zorder": 0, "label": f"{100 * _TOLERANCE:g} % less to more"}
     axes.fill_between(ends, (1 - _TOLERANCE) * ends, (1 + _TOLERANCE) * ends, **band)
-    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, title=_OVERVIEW)
-    axes.set(xlabel="rounds to the target accuracy, paper", ylabel="here")
-    axes.legend(fontsize="x-small")
-    return f"![{_OVERVIEW}]({_save(picture, results_dir, 'tables')})"
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+    axes.set(title=f"{_OVERVIEW}: rounds to the target accuracy", xlabel="in the paper", ylabel="here")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
+    return f"![{_OVERVIEW}]({_save(drawn, results_dir, 'tables')})"
 
 
 def _claims_section(measured: Mapping[Row, _Measured], results_dir: pathlib.Path) -> str:
@@ -256,18 +263,21 @@ def _figure_1_section(results_dir: pathlib.Path) -> str:
         paper = published.curves(1)[panel]["mixture"]
         for name, points in (("paper", paper), ("here", measured.get(panel))):
             rows.append((panel, name, *(_mixture(points) if points else (_NOT_RUN, "", "", ""))))
-    figure, axes = _panels(list(figure_1.PANELS))
+    drawn, axes = _panels(title.removeprefix("## "), list(figure_1.PANELS))
+    style, papers, *_ = picture.STYLES
     for panel in figure_1.PANELS:
-        _draw(axes[panel], "paper", published.curves(1)[panel]["mixture"], "tab:gray", paper=True)
+        _draw(axes[panel], published.curves(1)[panel]["mixture"], papers, paper=True, label="paper")
         if panel in measured:
             points = np.array(measured[panel])
-            _draw(axes[panel], "here", points, "tab:blue")
-            axes[panel].axhline(min(_parents(points)), color="tab:blue", linewidth=0.8, label="better parent, here")
+            _draw(axes[panel], points, style, label="here")
+            axes[panel].axhline(min(_parents(points)), color=style[0], linewidth=0.8, label="better parent, here")
         for theta in (0, 1):
             axes[panel].axvline(theta, color="lightgray", zorder=0)
-        axes[panel].set(title=f"{panel} initialisation", xlabel="mixing weight θ", ylabel="loss on the training set")
-        axes[panel].legend()
-    path = _save(figure, results_dir, "figure_1")
+        axes[panel].set_title(f"{panel} initialisation", fontsize="medium")
+        axes[panel].set(xlabel="mixing weight θ", ylabel="loss on the training set")
+    labels = {label: line for each in axes.values() for line, label in zip(*each.get_legend_handles_labels())}
+    drawn.legend(labels.values(), labels, loc="outside lower center", ncols=len(labels))
+    path = _save(drawn, results_dir, "figure_1")
     header = ("initialisation", "", "better parent", "at θ = 0.5", "lowest", "highest between the parents")
     return f"{title}\n\n![Figure 1]({path})\n\n{_markdown(header, rows)}"
 
@@ -291,22 +301,26 @@ def _figure_section(number: int, figure: Figure, results_dir: pathlib.Path) -> s
     measured = {curve: points for curve in figure.curves if len(points := _points(figure, curve, results_dir))}
     if not measured:
         return f"{title}\n\n{_NOT_RUN}"
-    drawn = {curve.panel for curve in measured}
-    panels = [panel for panel in dict.fromkeys(curve.panel for curve in figure.curves) if panel in drawn]
-    picture, axes = _panels(panels)
+    with_runs = {curve.panel for curve in measured}
+    panels = [panel for panel in dict.fromkeys(curve.panel for curve in figure.curves) if panel in with_runs]
+    drawn, axes = _panels(title.removeprefix("## "), panels)
+    # A setting has the same colour in all panels.
+    styles = dict(zip(dict.fromkeys(curve.label for curve in figure.curves), picture.STYLES))
+    shown = set()
     targets = {curve.panel: curve.grid.target for curve in measured}
     rows = []
     for panel in panels:
-        curves = [curve for curve in figure.curves if curve.panel == panel]
-        for i, curve in enumerate(curves):
+        for curve in (curve for curve in figure.curves if curve.panel == panel):
             paper = published.curves(number).get(panel, {}).get(curve.label)
             if paper:
-                _draw(axes[panel], f"{curve.label}, paper", paper, f"C{i}", paper=True)
+                _draw(axes[panel], paper, styles[curve.label], paper=True)
+            if paper or curve in measured:
+                shown.add(curve.label)
             if curve not in measured:
                 rows.append((panel, curve.label, "", "", _NOT_RUN, ""))
                 continue
             points = measured[curve]
-            _draw(axes[panel], curve.label, points, f"C{i}")
+            _draw(axes[panel], points, styles[curve.label])
             x, y = points[-1]
             rates = ", ".join(f"{run.learning_rate:g}" for run in _runs(figure, curve, results_dir))
             rows.append((panel, curve.label, rates, f"{x:g}", f"{y:.4f}", _paper_value(paper, x)))
@@ -314,13 +328,17 @@ def _figure_section(number: int, figure: Figure, results_dir: pathlib.Path) -> s
             axes[panel].axhline(targets[panel], color="gray", linewidth=0.8)
             # The runs stop at the target, of the paper's only the ends are known: a linear axis would show neither.
             axes[panel].set(xscale="log", ylim=_SHOWN_ACCURACIES[panel.split("-")[0]])
-        axes[panel].set(
-            title=panel, xlabel=figure.x_label, ylabel="training loss" if "loss" in figure.metric else "test accuracy"
-        )
+        axes[panel].set_title(panel.replace("-", ", "), fontsize="medium")
+        axes[panel].set(xlabel=figure.x_label, ylabel="training loss" if "loss" in figure.metric else "test accuracy")
         if "loss" in figure.metric:
             axes[panel].set_yscale("log")
-        axes[panel].legend(fontsize="x-small")
-    path = _save(picture, results_dir, f"figure_{number}")
+            axes[panel].yaxis.set_major_formatter("{x:g}")
+            axes[panel].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+    sources = {"here": {}, "paper": _OF_THE_PAPER} if published.curves(number) else {}
+    lines = [Line2D([], [], color=c, linestyle=line, label=of) for of, (c, line, _) in styles.items() if of in shown]
+    lines += [Line2D([], [], color="gray", label=source, **style) for source, style in sources.items()]
+    drawn.legend(handles=lines, loc="outside lower center", ncols=4)
+    path = _save(drawn, results_dir, f"figure_{number}")
     return f"{title}\n\n![Figure {number}]({path})\n\n{_markdown(_CURVE_HEADER, rows)}"
 
 
@@ -357,29 +375,36 @@ def _paper_value(paper: Sequence[tuple[float, float]] | None, x: float) -> str:
     return f"{end:.4f} at {last:g}"
 
 
-def _panels(names: Sequence[str]) -> tuple[matplotlib.figure.Figure, dict]:
+def _panels(title: str, names: Sequence[str]) -> tuple[Picture, dict[str, Axes]]:
     columns = min(len(names), 2)
     rows = -(-len(names) // columns)
-    size = (_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * rows)
-    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+    figure = picture.new_figure(1.5 + _PANEL_INCHES * rows)
+    figure.suptitle(title)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for unused in axes[len(names) :]:
         unused.remove()
     return figure, dict(zip(names, axes))
 
 
-def _draw(axes, label: str, points: Sequence[tuple[float, float]], color: str, paper: bool = False) -> None:
-    """Draws a curve: a measured one as a line, the paper's dashed, with marks where its points are few."""
+def _draw(
+    axes: Axes,
+    points: Sequence[tuple[float, float]],
+    style: tuple[str, str, str],
+    *,
+    paper: bool = False,
+    label: str | None = None,
+) -> None:
+    """Draws a curve, in one of `picture.STYLES`: a measured one as a line, the paper's as `_OF_THE_PAPER`."""
+    color, line, marker = style
     x, y = np.array(points).T
-    style = {"linestyle": "--", "alpha": 0.6, "marker": "o" if len(x) < 20 else ""} if paper else {}
-    axes.plot(x, y, color=color, label=label, linewidth=1 if paper else 1.6, markersize=3, **style)
+    how = {**_OF_THE_PAPER, "marker": marker if len(x) < 20 else ""} if paper else {"linestyle": line}
+    axes.plot(x, y, color=color, label=label, **how)
 
 
-def _save(figure: matplotlib.figure.Figure, results_dir: pathlib.Path, name: str) -> str:
+def _save(figure: Picture, results_dir: pathlib.Path, name: str) -> str:
     """Writes a picture; returns its path, relative to RESULTS.md."""
     path = results_dir / "figures" / f"{name}.png"
-    with replacement(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    picture.save(figure, path)
     return f"figures/{path.name}"
 
 
