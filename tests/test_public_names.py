@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.metadata
 import pathlib
 import subprocess
 import sys
@@ -40,4 +41,10 @@ def test_another_name_is_an_attribute_error():
 
 def test_completion_does_not_import_tensorflow():
     program = "import sys, tasks, tff_fedavg; dir(tff_fedavg); sys.exit('tensorflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_the_version_is_that_of_the_package_and_read_without_tensorflow():
+    assert tff_fedavg.__version__ == importlib.metadata.version("tff_fedavg")
+    program = "import sys, tff_fedavg; tff_fedavg.__version__; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -3,6 +3,7 @@ import os
 
 import pytest
 
+import tff_fedavg
 from tff_fedavg import run_directory
 from tff_fedavg.learning_curve import Target
 from tff_fedavg.run_directory import RunDirectory
@@ -22,6 +23,7 @@ def test_started_run_has_its_settings_data_and_versions(tmp_path):
     assert config["settings"] == {"seed": 0, "clients": None}
     assert config["data_checksums"] == {"file": "abc"}
     assert config["versions"]["tensorflow-federated"] == "0.87.0"
+    assert config["versions"]["tff_fedavg"] == tff_fedavg.__version__
 
 
 def test_what_a_run_began_with_stays_and_what_it_goes_on_with_is_kept_with_the_round(tmp_path):

@@ -20,6 +20,8 @@ _MODULES = {
 
 __all__ = list(_MODULES)
 
+__version__: str
+
 if TYPE_CHECKING:
     from tff_fedavg.centralized import CentralizedSGD as CentralizedSGD
     from tff_fedavg.client_data import ClientDataset as ClientDataset
@@ -37,6 +39,10 @@ else:
 
     def __getattr__(name: str):
         """Imports TFF, which takes ten seconds, with the first name that needs it: to read results does not."""
+        if name == "__version__":
+            from importlib import metadata  # Takes longer than all else here.
+
+            return metadata.version(__name__)
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

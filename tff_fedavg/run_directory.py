@@ -16,7 +16,7 @@ from tff_fedavg.regular_file import check_regular
 
 _CONFIG_JSON = "config.json"
 METRICS_CSV = "metrics.csv"
-_PACKAGES = ("tensorflow", "tensorflow-federated", "keras", "numpy", "jaxlib")
+_PACKAGES = ("tff_fedavg", "tensorflow", "tensorflow-federated", "keras", "numpy", "jaxlib")
 
 
 class RunDirectory:

@@ -2,7 +2,6 @@
 
 import difflib
 import gc
-import importlib.metadata
 import itertools
 import os
 import re
@@ -15,6 +14,7 @@ from typing import TextIO
 
 from absl import flags, logging
 
+import tff_fedavg
 from binaries.command_line import signals
 from tff_fedavg.scratch import scratch_directory
 
@@ -95,7 +95,7 @@ def _run(main: Callable[..., None], takes: str | None) -> None:
         print(f"{sys.modules['__main__'].__doc__}\n{of_program}\n\n{_FLAGS_OF_ALL}")
         return
     if _VERSION.value:
-        print(f"tff_fedavg {importlib.metadata.version('tff_fedavg')}")
+        print(f"tff_fedavg {tff_fedavg.__version__}")
         return
     for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
         if flag.present and flag.value in ("", []):
