@@ -3,6 +3,7 @@
 # make docs    builds the site of the documentation in site/ (site/index.html)
 # make notebook         opens the notebooks in JupyterLab
 # make test-notebooks   runs them as they are run in JupyterLab and on Colab, which takes minutes
+# make test-wheel       makes a wheel, and installs it in both ways of docs/install.md, which takes minutes
 # make lock    pins the newest versions that pyproject.toml allows
 # make clean   removes all that the other targets brought, except for runs/
 
@@ -17,7 +18,7 @@ unexport PIP_CONSTRAINT UV_CONSTRAINT UV_BUILD_CONSTRAINT
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 PYTHON := .venv/bin/python
 
-.PHONY: train test notebook test-notebooks docs lock clean
+.PHONY: train test notebook test-notebooks test-wheel docs lock clean
 
 train: .venv/ready
 	$(PYTHON) -m binaries.train --task=$(TASK) --data=embedded --cache_dir=.uv/clients $(ARGS)
@@ -33,6 +34,9 @@ notebook: .venv/jupyter
 # Not named test_*.py, so that `make test` goes without it.
 test-notebooks: .venv/jupyter
 	UV=$(UV) $(PYTHON) -m pytest --numprocesses=0 tests/notebooks.py
+
+test-wheel: .venv/ready | $(UV)
+	UV=$(UV) $(PYTHON) -m pytest --numprocesses=0 tests/wheel.py
 
 .venv/jupyter: notebooks/requirements.txt .venv/ready
 	$(UV) pip install --quiet --python $(PYTHON) --no-deps --requirement notebooks/requirements.txt
@@ -67,5 +71,5 @@ lock: | $(UV)
 		--output-file notebooks/requirements.txt notebooks/requirements.in
 
 clean:
-	rm -rf .venv .venv-docs .uv site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs .uv site dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
