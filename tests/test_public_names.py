@@ -48,3 +48,8 @@ def test_the_version_is_that_of_the_package_and_read_without_tensorflow():
     assert tff_fedavg.__version__ == importlib.metadata.version("tff_fedavg")
     program = "import sys, tff_fedavg; tff_fedavg.__version__; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_the_citation_is_of_this_version():
+    citation = (SOURCE.parent.parent / "CITATION.cff").read_text()
+    assert f"\nversion: {tff_fedavg.__version__}\n" in citation
