@@ -56,7 +56,7 @@ def examples_per_client(task: Task) -> Figure:
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.axvline(np.median(n), color=other_color, label=f"median {np.median(n):g}")
     axes.axvline(n.mean(), color=other_color, linestyle="--", label=f"mean {n.mean():.1f}")
-    axes.set(xlabel="examples $n_k$ of a client", ylabel="clients", title=_title("Examples of a client", task))
+    axes.set(xlabel="examples $n_k$ of a client", ylabel="clients", title=_title("Examples per client", task))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
     return figure
@@ -77,7 +77,7 @@ def labels_per_client(task: Task) -> Figure:
     ticks = [_tick(names[label]) for label in shown]
     axes.set_xticks(range(len(shown)), ticks, rotation=90 if len(shown) > 10 else 0, parse_math=False)
     axes.set_yticks(range(len(clients)), clients, fontsize="small")
-    axes.set(xlabel="label", ylabel="client", title=_title("Labels of a client", task))
+    axes.set(xlabel="label", ylabel="client", title=_title("Labels per client", task))
     figure.colorbar(image, label="share of the client's labels")
     return figure
 

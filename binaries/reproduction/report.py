@@ -25,8 +25,9 @@ _TOLERANCE = 0.25  # Rounds that differ by more are marked. The paper's own repe
 _NOT_RUN = "not run"
 _SHOWN_ACCURACIES = {"mnist_2nn": (0.933, 0.987), "mnist_cnn": (0.97, 1.0), "shakespeare_lstm": (0.2, 0.65)}
 _PANEL_INCHES = 3.0  # The height.
-# Dotted, and with hollow markers where the points are few.
-_OF_THE_PAPER = {"linestyle": ":", "linewidth": 1, "marker": "o", "markersize": 4, "markerfacecolor": "none"}
+_MARKERS = 20  # Of a curve.
+_HOLLOW = {"markersize": 4, "markerfacecolor": "none"}
+_OF_THE_PAPER = {"linestyle": ":", "linewidth": 1, "marker": "o", **_HOLLOW}
 
 _INTRODUCTION = """# Results
 
@@ -335,9 +336,13 @@ def _figure_section(number: int, figure: Figure, results_dir: pathlib.Path) -> s
             axes[panel].yaxis.set_major_formatter("{x:g}")
             axes[panel].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     sources = {"here": {}, "paper": _OF_THE_PAPER} if published.curves(number) else {}
-    lines = [Line2D([], [], color=c, linestyle=line, label=of) for of, (c, line, _) in styles.items() if of in shown]
+    lines = [
+        Line2D([], [], color=color, linestyle=line, marker=marker if sources else "", **_HOLLOW, label=label)
+        for label, (color, line, marker) in styles.items()
+        if label in shown
+    ]
     lines += [Line2D([], [], color="gray", label=source, **style) for source, style in sources.items()]
-    drawn.legend(handles=lines, loc="outside lower center", ncols=4)
+    drawn.legend(handles=lines, loc="outside lower center", ncols=3, fontsize="small")
     path = _save(drawn, results_dir, f"figure_{number}")
     return f"{title}\n\n![Figure {number}]({path})\n\n{_markdown(_CURVE_HEADER, rows)}"
 
@@ -397,7 +402,7 @@ def _draw(
     """Draws a curve, in one of `picture.STYLES`: a measured one as a line, the paper's as `_OF_THE_PAPER`."""
     color, line, marker = style
     x, y = np.array(points).T
-    how = {**_OF_THE_PAPER, "marker": marker if len(x) < 20 else ""} if paper else {"linestyle": line}
+    how = {**_OF_THE_PAPER, "marker": marker, "markevery": -(-len(x) // _MARKERS)} if paper else {"linestyle": line}
     axes.plot(x, y, color=color, label=label, **how)
 
 
