@@ -20,6 +20,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README
 # What may stand before a command.
 _PREFIX = re.compile(r"(?:\w+=\S* |taskset --cpu-list=\S+ |timeout \S+ |!)*")
 _PYTHON = re.compile(r"(?:\S*/)?python3? -m (?P<module>(?:binaries|benchmarks)\.\w+)(?P<arguments>.*)")
+_COMMAND = re.compile(r"(?:\S*/)?tff-fedavg (?P<program>\w+)(?P<arguments>.*)")
 
 # Parses lists of arguments as a program would; prints what is wrong with them, and on stderr the names of its flags.
 _PARSE = """
@@ -59,6 +60,8 @@ def commands():
             command = re.sub(r" +(&|# .*)$", "", _PREFIX.sub("", line.strip(), count=1))
             if match := _PYTHON.fullmatch(command):
                 yield page.name, match["module"], shlex.split(match["arguments"].removesuffix("..."))
+            elif match := _COMMAND.fullmatch(command):
+                yield page.name, f"binaries.{match['program']}", shlex.split(match["arguments"].removesuffix("..."))
             elif command.startswith("make ") and "python3 has" not in command:
                 yield page.name, "make", shlex.split(command)[1:]
             elif command.startswith("--task="):  # In a table of commands.
