@@ -229,7 +229,6 @@ def test_run_that_is_interrupted_killed_and_resumed_ends_bit_equal(finished_run)
     for signal_number, last_round, status in (
         (signal.SIGINT, 5, 128 + signal.SIGINT),
         (signal.SIGKILL, 15, -signal.SIGKILL),
-        (signal.SIGTERM, 25, 128 + signal.SIGTERM),
     ):
         program = subprocess.Popen(
             command(run_dir, *FLAGS),
