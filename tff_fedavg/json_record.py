@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from tff_fedavg.regular_file import open_regular
+from tff_fedavg.regular_file import read_regular
 from tff_fedavg.replacement import replacement
 
 _CHECKSUM = "checksum"
@@ -33,13 +33,11 @@ def read_record(path: str | os.PathLike[str], *, needs_checksum: bool = True) ->
       FileNotFoundError: If there is none.
       ValueError: If the file cannot be read, or is not what was written.
     """
+    written = read_regular(path)
+    if written is None:
+        raise FileNotFoundError(f"there is no {path}")
     try:
-        with open_regular(path) as file:
-            content = json.load(file)
-    except FileNotFoundError:
-        raise
-    except OSError as e:
-        raise ValueError(f"{path} cannot be read: {e.strerror or e}") from e
+        content = json.loads(written)
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is damaged: {e}") from e
     if not isinstance(content, dict):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tff_fedavg.regular_file import open_regular
+from tff_fedavg.regular_file import read_regular
 from tff_fedavg.replacement import replacement
 
 ROUND_FIELD = "round_num"
@@ -31,13 +31,9 @@ def read_metrics(path: str | os.PathLike[str], *, saved: bytes = b"", last_round
     Raises:
       ValueError: If the file cannot be read, is damaged, or does not agree.
     """
+    content = read_regular(path) or b""
     try:
-        with open_regular(path) as file:
-            rows = _rows(file.read())
-    except FileNotFoundError:
-        rows = []
-    except OSError as e:
-        raise ValueError(f"{path} cannot be read: {e.strerror or e}") from e
+        rows = _rows(content)
     except ValueError as e:
         raise ValueError(f"{path} is damaged: {e}") from e
     written = _rows_up_to(saved, last_round)
@@ -87,13 +83,8 @@ class MetricsTable:
           OSError: If the file cannot be written.
         """
         rows = _rows_up_to(saved, last_round)
-        try:
-            with open_regular(self._path) as file:
-                found = _first_rows(file.read())
-        except FileNotFoundError:
-            found = None
-        except OSError as e:
-            raise ValueError(f"{self._path} cannot be read: {e.strerror or e}") from e
+        content = read_regular(self._path)
+        found = None if content is None else _first_rows(content)
         wrong = ""
         if found is None:
             wrong = (

@@ -26,4 +26,19 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     return open(path, "rb")
 
 
+def read_regular(path: str | os.PathLike[str]) -> bytes | None:
+    """Returns the content of a regular file; None if there is nothing.
+
+    Raises:
+      ValueError: If it is something else, or cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise ValueError(f"{path} cannot be read: {e.strerror or e}") from e
+
+
 _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
