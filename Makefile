@@ -4,6 +4,7 @@
 # make notebook         opens the notebooks in JupyterLab
 # make test-notebooks   runs them as they are run in JupyterLab and on Colab, which takes minutes
 # make test-wheel       makes a wheel, and installs it in both ways of docs/install.md, which takes minutes
+# make benchmark        measures rounds of this project and of its peers, which takes an hour (ARGS=--data_dir=DIR)
 # make lock    pins the newest versions that pyproject.toml allows
 # make clean   removes all that the other targets brought, except for runs/
 
@@ -17,8 +18,11 @@ export UV_PYTHON_INSTALL_DIR ?= $(CURDIR)/.uv/python
 unexport PIP_CONSTRAINT UV_CONSTRAINT UV_BUILD_CONSTRAINT
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 PYTHON := .venv/bin/python
+PEERS := pytorch
+# The builds for a CPU, which are not on the package index: uv knows where they are, or pip's settings have them.
+TORCH := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend cpu)
 
-.PHONY: train test notebook test-notebooks test-wheel docs lock clean
+.PHONY: train test notebook test-notebooks test-wheel docs benchmark lock clean
 
 train: .venv/ready
 	$(PYTHON) -m binaries.train --task=$(TASK) --data=embedded --cache_dir=.uv/clients $(ARGS)
@@ -57,6 +61,14 @@ docs: .venv-docs/ready
 	$(UV) pip install --no-config --quiet --python .venv-docs/bin/python --no-deps --requirement docs/requirements.txt
 	touch $@
 
+benchmark: .venv/ready $(PEERS:%=.venv-peers/%/ready)
+	$(PYTHON) -m benchmarks.round_time $(if $(findstring --quick,$(ARGS)),,--output=results/round_time.csv) $(ARGS)
+
+.venv-peers/%/ready: benchmarks/peers/%.txt | $(UV)
+	$(UV) venv --quiet --clear --python 3.11 .venv-peers/$*
+	$(UV) pip install --no-config $(TORCH) --python .venv-peers/$*/bin/python --no-deps --requirement $<
+	touch $@
+
 .uv/bin/uv:
 	python3 -m venv .uv || (echo "make: python3 has no venv: install it (python3-venv), or install uv" >&2; exit 1)
 	.uv/bin/python -m pip install --quiet --disable-pip-version-check uv
@@ -69,7 +81,12 @@ lock: | $(UV)
 	$(UV) pip compile --quiet --upgrade --python-version 3.11 --no-emit-index-url --no-annotate \
 		--constraint requirements.lock --custom-compile-command "make lock" \
 		--output-file notebooks/requirements.txt notebooks/requirements.in
+	for peer in $(PEERS); do \
+		$(UV) pip compile --no-config $(TORCH) --quiet --upgrade --python-version 3.11 --no-emit-index-url --no-annotate \
+			--custom-compile-command "make lock" --output-file benchmarks/peers/$$peer.txt benchmarks/peers/$$peer.in \
+			|| exit; \
+	done
 
 clean:
-	rm -rf .venv .venv-docs .uv site dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs .venv-peers .uv site dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
