@@ -12,6 +12,7 @@ _MODULES = {
     "build_fed_sgd": "fed_avg",
     "build_personalization_eval": "personalization",
     "build_sampling_fn": "sampling",
+    "bytes_per_client": "communication",
     "functional_model_from_keras": "functional_model",
     "keras_model": "export",
     "local_worker": "runtime",
@@ -25,6 +26,7 @@ __version__: str
 if TYPE_CHECKING:
     from tff_fedavg.centralized import CentralizedSGD as CentralizedSGD
     from tff_fedavg.client_data import ClientDataset as ClientDataset
+    from tff_fedavg.communication import bytes_per_client as bytes_per_client
     from tff_fedavg.evaluation import build_client_eval as build_client_eval
     from tff_fedavg.evaluation import build_fed_eval as build_fed_eval
     from tff_fedavg.export import keras_model as keras_model

@@ -14,10 +14,11 @@ from matplotlib.ticker import LogFormatter
 
 from binaries.experiment import Experiment
 from binaries.reproduction import claims, figure_1, plan, published
+from binaries.reproduction.measured import Measured, tables
 from binaries.reproduction.outcome import read_metrics
-from binaries.reproduction.plan import Curve, Figure, Grid, Run
+from binaries.reproduction.plan import Curve, Figure, Run
 from binaries.reproduction.published import Row
-from tff_fedavg import learning_curve, picture
+from tff_fedavg import picture
 from tff_fedavg.metrics_table import ROUND_FIELD
 from tff_fedavg.replacement import replacement
 
@@ -82,8 +83,7 @@ def write(results_dir: pathlib.Path, shrunk: bool = False) -> pathlib.Path:
       OSError: If a file cannot be written.
     """
     (results_dir / "figures").mkdir(parents=True, exist_ok=True)
-    grids = {grid.cell: grid for number in _TITLES for grid in plan.table(number, shrunk)}
-    measured = {row: _Measured(row, grids[row.cell], results_dir) for row in published.rows() if row.cell in grids}
+    measured = tables(results_dir, shrunk)
     sections = [_INTRODUCTION, *[_SHRUNK] * shrunk, _overview(measured, results_dir)]
     sections.append(_claims_section(measured, results_dir))
     for number in _TITLES:
@@ -97,39 +97,7 @@ def write(results_dir: pathlib.Path, shrunk: bool = False) -> pathlib.Path:
     return path
 
 
-class _Measured:
-    """What was measured of a row, at its best rate.
-
-    Attributes:
-      runs: The finished runs.
-      run: The best one; None if there is none.
-      rounds: Its rounds to the target; None if it did not reach it.
-      last_round: Its last round.
-      complete: Whether the grid has been run to its end.
-    """
-
-    def __init__(self, row: Row, grid: Grid, results_dir: pathlib.Path):
-        self.runs, wanted = grid.progress(results_dir)
-        self.complete = not wanted
-        self.run = self.rounds = self.last_round = None
-        self._best = ()
-        for run in self.runs:
-            rounds, accuracies = _evaluations(run, results_dir)
-            reached = learning_curve.Target(row.target).rounds(rounds, accuracies)
-            rank = (1, -max(accuracies)) if reached is None else (0, reached)
-            if self.run is None or rank < self._best:
-                self.run, self.rounds, self._best = run, reached, rank
-                self.last_round, self._accuracy = rounds[-1], max(accuracies)
-
-    def __str__(self) -> str:
-        if self.run is None:
-            return _NOT_RUN
-        if self.rounds is None:
-            return f"not in {self.last_round} rounds ({self._accuracy:.4f})"
-        return f"{self.rounds:.1f}"
-
-
-def _overview(measured: Mapping[Row, _Measured], results_dir: pathlib.Path) -> str:
+def _overview(measured: Mapping[Row, Measured], results_dir: pathlib.Path) -> str:
     """Draws the rounds of all rows over the paper's; returns the line that shows the picture."""
     # Of a grid that is not finished, rates that missed the target say nothing yet.
     compared = {row: m for row, m in measured.items() if row.rounds and (m.rounds or (m.run and m.complete))}
@@ -157,7 +125,7 @@ def _overview(measured: Mapping[Row, _Measured], results_dir: pathlib.Path) -> s
     return f"![{_OVERVIEW}]({_save(drawn, results_dir, 'tables')})"
 
 
-def _claims_section(measured: Mapping[Row, _Measured], results_dir: pathlib.Path) -> str:
+def _claims_section(measured: Mapping[Row, Measured], results_dir: pathlib.Path) -> str:
     here = claims.check(
         {row: m.rounds for row, m in measured.items() if m.rounds},
         {panel: figure_1.read(results_dir, panel) for panel in figure_1.PANELS},
@@ -170,7 +138,7 @@ def _claims_section(measured: Mapping[Row, _Measured], results_dir: pathlib.Path
     return f"{_CLAIMS}\n\n{_markdown(_CLAIM_HEADER, rows)}"
 
 
-def _table_section(number: int, measured: Mapping[Row, _Measured], results_dir: pathlib.Path) -> str:
+def _table_section(number: int, measured: Mapping[Row, Measured], results_dir: pathlib.Path) -> str:
     paper = published.speedups({row: row.rounds for row in measured if row.rounds})
     here = published.speedups({row: m.rounds for row, m in measured.items() if m.rounds})
     speedups = {row: (paper.get(row), here.get(row)) for row in measured}
@@ -190,7 +158,7 @@ def _table_section(number: int, measured: Mapping[Row, _Measured], results_dir: 
     return "\n\n".join(parts)
 
 
-def _summary(measured: dict[Row, _Measured], speedups: dict[Row, tuple[float | None, float | None]]) -> str:
+def _summary(measured: dict[Row, Measured], speedups: dict[Row, tuple[float | None, float | None]]) -> str:
     """Returns, for each task and partition of a table, the median ratio and the largest speed-ups."""
     groups = {}
     for row in measured:
@@ -231,7 +199,7 @@ def _as_printed(printed: dict[Row, str]) -> str:
 
 
 def _details(
-    row: Row, measured: _Measured, speedups: tuple[float | None, float | None], results_dir: pathlib.Path
+    row: Row, measured: Measured, speedups: tuple[float | None, float | None], results_dir: pathlib.Path
 ) -> tuple[str, ...]:
     paper = (row.cell.name, f"{100 * row.target:g} %", _dash(row.rounds), str(measured))
     if measured.run is None:
@@ -411,10 +379,6 @@ def _save(figure: Picture, results_dir: pathlib.Path, name: str) -> str:
     path = results_dir / "figures" / f"{name}.png"
     picture.save(figure, path)
     return f"figures/{path.name}"
-
-
-def _evaluations(run: Run, results_dir: pathlib.Path) -> tuple[list[int], list[float]]:
-    return learning_curve.evaluations(read_metrics(run.directory(results_dir)))
 
 
 def _times(speedup: float | None) -> str:
