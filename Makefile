@@ -18,7 +18,7 @@ export UV_PYTHON_INSTALL_DIR ?= $(CURDIR)/.uv/python
 unexport PIP_CONSTRAINT UV_CONSTRAINT UV_BUILD_CONSTRAINT
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 PYTHON := .venv/bin/python
-PEERS := pytorch
+PEERS := pytorch fedjax flower
 # The builds for a CPU, which are not on the package index: uv knows where they are, or pip's settings have them.
 TORCH := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend cpu)
 

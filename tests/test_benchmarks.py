@@ -11,9 +11,12 @@ def test_quick_run_measures_every_system(tmp_path):
     output = tmp_path / "round_time.csv"
     command = [
         *(sys.executable, "-m", "benchmarks.round_time", "--quick", "--tasks=mnist_2nn"),
-        *(f"--cache_dir={tmp_path}", f"--output={output}"),
+        *(f"--cache_dir={tmp_path}", f"--output={output}", f"--peers_dir={tmp_path}"),
     ]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert [line for line in printed.splitlines() if "left out" in line] == [
+        f"{peer} is left out: `make benchmark` installs it" for peer in ("PyTorch", "FedJAX", "Flower, PyTorch")
+    ]
     with open(output, newline="") as file:
         rows = list(csv.DictReader(file))
     of_round = {row["system"]: row for row in rows if row["measured"] == "round of 2 clients"}
@@ -26,8 +29,33 @@ def test_quick_run_measures_every_system(tmp_path):
     }
     for row in of_round.values():
         assert float(row["seconds"]) > 0 and float(row["cpu_seconds"]) > 0
+        assert float(row["deviation"]) < 1e-3
+    assert output.with_suffix(".png").stat().st_size > 0
     measured = {row["measured"] for row in rows}
     assert {"round of 1 clients of 4 examples", "start and first round of binaries.train"} <= measured
+
+
+_IDLE_PEER = f"""#!{sys.executable}
+import sys
+print("ready", flush=True)
+for _ in sys.stdin:
+    print("done\\n[1, 1, 1, 1, 1, 1]", flush=True)
+"""
+
+
+def test_peer_that_does_other_work_is_one_line(tmp_path):
+    peer = tmp_path / "pytorch" / "bin" / "python"
+    peer.parent.mkdir(parents=True)
+    peer.write_text(_IDLE_PEER)
+    peer.chmod(0o700)
+    command = [
+        *(sys.executable, "-m", "benchmarks.round_time", "--quick", "--tasks=mnist_2nn"),
+        *(f"--cache_dir={tmp_path}", f"--peers_dir={tmp_path}"),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("round_time: mnist_2nn: PyTorch does other work than tff_fedavg: ")
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

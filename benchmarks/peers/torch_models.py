@@ -1,5 +1,7 @@
 """The models and the local training of the peers that use PyTorch."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -76,10 +78,11 @@ class Trainer:
 
     Attributes:
       weights: The trainable weights of the model, in Keras's order.
-      initial_weights: The values with which each client starts.
+      initial_weights: Their values at the start of the round.
     """
 
     def __init__(self, work: Work):
+        torch.set_num_threads(1)
         self._work = work
         self._model = _MODELS[work.task]().to(memory_format=torch.channels_last)
         layers = [layer for layer in self._model.modules() for p in layer.parameters(recurse=False) if p.requires_grad]
@@ -87,11 +90,11 @@ class Trainer:
         self.initial_weights = [_from_keras(layer, w) for layer, w in zip(layers, work.weights)]
         self._batches = [[self._tensors(*b) for b in work.batches(k)] for k in range(len(work.clients))]
 
-    def train(self, client: int) -> None:
-        """Sets `weights` to what a client makes of `initial_weights`."""
+    def train(self, client: int, start: Iterable[torch.Tensor]) -> None:
+        """Sets `weights` to what a client makes of those with which it starts."""
         with torch.no_grad():
-            for w, initial in zip(self.weights, self.initial_weights):
-                w.copy_(initial)
+            for w, value in zip(self.weights, start):
+                w.copy_(value)
         for x, y in self._batches[client]:
             gradient = torch.autograd.grad(self._loss(x, y), self.weights)
             with torch.no_grad():

@@ -15,7 +15,6 @@ from work import Work, serve
 
 def _train(path, next_client, sums, connection):
     """Adds up n_k (w_k - w_0) of the clients that this process gets to train, for each message."""
-    torch.set_num_threads(1)
     work = Work.load(path)
     trainer = Trainer(work)
     # Those that come last, and may have to be waited for, are the smallest.
@@ -26,7 +25,7 @@ def _train(path, next_client, sums, connection):
             for s in sums:
                 s.zero_()
             while (i := _count(next_client)) < len(clients):
-                trainer.train(clients[i])
+                trainer.train(clients[i], trainer.initial_weights)
                 with torch.no_grad():
                     for s, w, w_0 in zip(sums, trainer.weights, trainer.initial_weights):
                         s.add_(w - w_0, alpha=len(work.clients[clients[i]][0]))
@@ -41,7 +40,6 @@ def _count(number):
 
 def main() -> None:
     path = sys.argv[1]
-    torch.set_num_threads(1)
     work = Work.load(path)
     num_examples = sum(len(x) for x, _ in work.clients)
     initial_weights = Trainer(work).initial_weights

@@ -72,8 +72,10 @@ class Work:
 def serve(run_round: Callable[[], Iterable[Any]], initial_weights: Sequence[Any]) -> None:
     """Runs a round, which returns the new weights, for each line of stdin.
 
-    Prints a line at its end, and then one with the norms of the update of each weight.
+    Prints a line when it is ready, and for each round one at its end, and one with the norms of the update of each
+    weight.
     """
+    print("ready", flush=True)
     for _ in sys.stdin:
         weights = run_round()
         print("done", flush=True)
