@@ -1,7 +1,9 @@
 """What a peer of `benchmarks.round_time` is given, and how it answers. Knows nothing of the project but this file."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -75,8 +77,13 @@ def serve(run_round: Callable[[], Iterable[Any]], initial_weights: Sequence[Any]
     Prints a line when it is ready, and for each round one at its end, and one with the norms of the update of each
     weight.
     """
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        weights = run_round()
-        print("done", flush=True)
-        print(json.dumps([float(np.linalg.norm(w - w_0)) for w, w_0 in zip(weights, initial_weights)]), flush=True)
+    with contextlib.suppress(BrokenPipeError):  # Whoever reads it has ended.
+        _tell("ready")
+        for _ in sys.stdin:
+            weights = run_round()
+            _tell("done")
+            _tell(json.dumps([float(np.linalg.norm(w - w_0)) for w, w_0 in zip(weights, initial_weights)]))
+
+
+def _tell(line):
+    os.write(sys.stdout.fileno(), f"{line}\n".encode())  # Leaves nothing in a buffer, whose end would fail again.
