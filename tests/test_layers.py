@@ -24,12 +24,12 @@ def _seed():
     tf.keras.utils.set_random_seed(0)
 
 
-def keras_lstm(units):
+def keras_lstm(units, dtype=None):
     """The reference: the cell that was `tf.keras.experimental.PeepholeLSTMCell`, which TensorFlow keeps in private."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cell = PeepholeLSTMCell(units, recurrent_activation="sigmoid")
-    return tf.keras.layers.RNN(cell, return_sequences=True)
+        cell = PeepholeLSTMCell(units, recurrent_activation="sigmoid", dtype=dtype)
+    return tf.keras.layers.RNN(cell, return_sequences=True, dtype=dtype)
 
 
 def small_model(lstm_layer):
@@ -51,11 +51,11 @@ def masked_loss():
 def randomize(weights):
     """Weights large enough for the gates to leave their linear range, biases and peepholes included.
 
-    The matrices give sums of a variance near 1: with larger ones a long sequence is chaotic, and what comes out
-    depends on the rounding of the processor at hand.
+    The matrices give sums of a variance near 1. With larger peepholes some cells of a long sequence grow without bound
+    or not by the last bit of what they add up, and what comes out depends on the rounding of the processor at hand.
     """
     for w in weights:
-        w.assign(tf.random.normal(w.shape, stddev=0.5 if w.shape.rank == 1 else w.shape[0] ** -0.5))
+        w.assign(tf.random.normal(w.shape, stddev=0.2 if w.shape.rank == 1 else w.shape[0] ** -0.5))
 
 
 def outputs_and_gradients(layer, x, output_gradient):
@@ -78,14 +78,15 @@ def assert_close(actual, expected, tolerance=1e-5):
 @pytest.mark.parametrize(
     "batch, time, features, units", [(5, 13, 7, 32), (1, 1, 3, 2), (3, 2, 1, 1), (10, 80, 8, 256), (0, 4, 3, 2)]
 )
-def test_outputs_and_gradients_equal_those_of_the_keras_cell(batch, time, features, units, in_graph):
-    layer, reference = PeepholeLSTM(units), keras_lstm(units)
+def test_outputs_and_gradients_equal_those_of_the_keras_cell_in_float64(batch, time, features, units, in_graph):
+    layer, reference = PeepholeLSTM(units), keras_lstm(units, "float64")
     x = tf.random.normal([batch, time, features])
-    layer(x), reference(x)
+    layer(x), reference(tf.cast(x, tf.float64))
     randomize(layer.weights)
     reference.set_weights(layer.get_weights())
     output_gradient = tf.random.normal([batch, time, units])
-    expected = tf.function(outputs_and_gradients)(reference, x, output_gradient)
+    exact = [tf.cast(value, tf.float64) for value in (x, output_gradient)]
+    expected = tf.function(outputs_and_gradients)(reference, *exact)
     run = tf.function(outputs_and_gradients) if in_graph else outputs_and_gradients
     assert_close(run(layer, x, output_gradient), expected)
 

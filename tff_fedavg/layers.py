@@ -59,28 +59,29 @@ def _lstm(
 ) -> tuple[tf.Tensor, Callable]:
     """Computes h_t for all t, time first: `[time, batch, features]` to `[time, batch, units]`.
 
-    TensorFlow's own gradient multiplies by a transposed U and adds to every weight's gradient in each time step. Here U
-    is transposed once, and the gradient of W and U is one product after the loop: that is where the time goes.
+    TensorFlow's own gradient of `BlockLSTM` adds to every weight's gradient in each time step, by a product of its own.
+    Here the gradient of a weight is one product after the loop, and the loop looks at slices, which copies nothing.
     """
     features, units = w.shape[0], u.shape[0]
     time, batch, _ = tf.unstack(tf.shape(x))
     zeros = tf.zeros([batch, units])
-
-    def step(previous, z):
-        *_, c, h = previous
-        z_i, z_f, z_g, z_o = tf.split(z + h @ u, 4, axis=1)
-        i = tf.sigmoid(z_i + p_i * c)
-        f = tf.sigmoid(z_f + p_f * c)
-        g = tf.tanh(z_g)
-        c = f * c + i * g
-        o = tf.sigmoid(z_o + p_o * c)
-        return i, f, g, o, c, o * tf.tanh(c)
-
-    i, f, g, o, c, h = tf.scan(step, tf.tensordot(x, w, 1) + b, (zeros,) * 6)
+    i, c, f, o, g, tanh_c, h = tf.raw_ops.BlockLSTM(
+        seq_len_max=tf.cast(time, tf.int64),
+        x=x,
+        cs_prev=zeros,
+        h_prev=zeros,
+        w=_in_order_of_block_lstm(tf.concat([w, u], axis=0)),
+        wci=p_i,
+        wcf=p_f,
+        wco=p_o,
+        b=_in_order_of_block_lstm(b),
+        forget_bias=0.0,
+        use_peephole=True,
+        cell_clip=-1.0,
+    )
 
     def gradient(dh):
-        c_previous, h_previous = (tf.concat([zeros[tf.newaxis], states], axis=0)[:-1] for states in (c, h))
-        tanh_c = tf.tanh(c)
+        c_previous = tf.concat([zeros[tf.newaxis], c[:-1]], axis=0)
         # The derivatives of c_t by z_i, z_f and z_g, and of h_t by z_o, for all steps at once.
         c_by_i = g * i * (1 - i)
         c_by_f = c_previous * f * (1 - f)
@@ -91,32 +92,33 @@ def _lstm(
         c_by_c = f + c_by_i * p_i + c_by_f * p_f  # c_t by c_{t-1}
         u_transposed = tf.transpose(u)
 
-        def step_back(following, current):
-            _, dc, dh_recurrent = following
-            dh, by_z, h_by_c, c_by_c = current
-            dh += dh_recurrent
-            dc += dh * h_by_c
-            dz = tf.concat([dc, dc, dc, dh], axis=1) * by_z
-            return dz, dc * c_by_c, dz @ u_transposed
+        def step_back(t, dc, dh_recurrent, all_dz):
+            dh_t = dh[t] + dh_recurrent
+            dc += dh_t * h_by_c[t]
+            dz = tf.concat([dc, dc, dc, dh_t], axis=1) * by_z[t]
+            return t - 1, dc * c_by_c[t], dz @ u_transposed, all_dz.write(t, dz)
 
-        dz, _, _ = tf.scan(
-            step_back, (dh, by_z, h_by_c, c_by_c), (tf.zeros([batch, 4 * units]), zeros, zeros), reverse=True
-        )
+        all_dz = tf.TensorArray(tf.float32, time, element_shape=[None, 4 * units])
+        *_, all_dz = tf.while_loop(lambda t, *_: t >= 0, step_back, (time - 1, zeros, zeros, all_dz))
+        dz = all_dz.stack()
         dz_i, dz_f, _, dz_o = tf.split(dz, 4, axis=-1)
-        dz = tf.reshape(dz, [time * batch, 4 * units])
-        xh = tf.reshape(tf.concat([x, h_previous], axis=-1), [time * batch, features + units])
-        dw, du = tf.split(tf.matmul(xh, dz, transpose_a=True), [features, units])
-        return (
-            tf.reshape(tf.matmul(dz, w, transpose_b=True), tf.shape(x)),
-            dw,
-            du,
-            tf.reduce_sum(dz, axis=0),
-            tf.reduce_sum(dz_i * c_previous, axis=[0, 1]),
-            tf.reduce_sum(dz_f * c_previous, axis=[0, 1]),
-            tf.reduce_sum(dz_o * c, axis=[0, 1]),
-        )
+        dz_flat = tf.reshape(dz, [time * batch, 4 * units])
+        dx = tf.reshape(tf.matmul(dz_flat, w, transpose_b=True), tf.shape(x))
+        dw = tf.matmul(tf.reshape(x, [time * batch, features]), dz_flat, transpose_a=True)
+        # h_0 and c_0 are zero: with them the first step adds nothing.
+        du = tf.matmul(tf.reshape(h[:-1], [-1, units]), tf.reshape(dz[1:], [-1, 4 * units]), transpose_a=True)
+        dp_i = tf.reduce_sum(dz_i[1:] * c[:-1], axis=[0, 1])
+        dp_f = tf.reduce_sum(dz_f[1:] * c[:-1], axis=[0, 1])
+        dp_o = tf.reduce_sum(dz_o * c, axis=[0, 1])
+        return dx, dw, du, tf.reduce_sum(dz, axis=[0, 1]), dp_i, dp_f, dp_o
 
     return h, gradient
+
+
+def _in_order_of_block_lstm(by_gate: tf.Tensor) -> tf.Tensor:
+    """Puts what belongs to the gates, in the last dimension, in the order i, g, f, o."""
+    i, f, g, o = tf.split(by_gate, 4, axis=-1)
+    return tf.concat([i, g, f, o], axis=-1)
 
 
 @tf.keras.saving.register_keras_serializable("tff_fedavg")
