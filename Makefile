@@ -37,7 +37,7 @@ notebook: .venv/jupyter
 
 # Not named test_*.py, so that `make test` goes without it.
 test-notebooks: .venv/jupyter
-	UV=$(UV) $(PYTHON) -m pytest --numprocesses=0 tests/notebooks.py
+	UV=$(UV) $(PYTHON) -m pytest --numprocesses=0 tests/notebooks.py $(ARGS)
 
 test-wheel: .venv/ready | $(UV)
 	UV=$(UV) $(PYTHON) -m pytest --numprocesses=0 tests/wheel.py
