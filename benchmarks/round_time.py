@@ -85,7 +85,8 @@ class Settings:
 
 
 def measure(settings: Settings) -> list[Row]:
-    """Measures all about one task."""
+    """Measures all about one task, in a process of its own."""
+    signals.catch()  # For the workers to be ended.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.set_verbosity(logging.WARNING)
     import tff_fedavg
@@ -124,10 +125,11 @@ def _measure_rounds(task, settings):
     try:
         rows = _time_rounds(_builders(task, settings), settings, program_process)
     finally:
-        # TFF's own workers would outlive the program; the peers end with it.
+        # TFF's own workers would outlive the program, and Flower would tell at length what it was disturbed in.
         for child in program_process.children(recursive=True):
-            if child.name() == _WORKER and child not in own:
-                child.kill()
+            if child not in own:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
     memory = _peak_megabytes(program_process)
     return [*rows, Row(settings.task, "memory of the program", "", None, None, memory)]
 
@@ -375,7 +377,12 @@ def main() -> None:
         # A process for each task, for memory and the warmth of caches not to depend on the tasks before it.
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(1, context, initializer=signals.end_with_parent) as pool:
-            of_task = pool.submit(measure, settings).result()
+            try:
+                of_task = pool.submit(measure, settings).result()
+            except BaseException:  # Of Ctrl-C that process need not have heard, and it is waited for.
+                for child in multiprocessing.active_children():
+                    child.terminate()
+                raise
         _print(of_task)
         rows += of_task
         if _OUTPUT.value:
