@@ -7,8 +7,9 @@
 
 Every task is measured in a process of its own: the rounds of 10 clients (E = 1; B as in `_BATCH_SIZES`), in which the
 systems of `benchmarks.systems` take turns, so that a machine that is slow for a while is slow for all of them; the
-evaluation of the whole test set; and for `mnist_2nn` rounds of 1 to 1,000 clients and the start of a program. Times are
-medians after two rounds to warm up. The memory is the largest that the worker of a system, or the program, has had.
+evaluation of the whole test set; and for `mnist_2nn` rounds of 1 to 1,000 clients and the start of a program. A turn is
+two rounds, of which the second is timed. Times are medians after two rounds to warm up. The memory is the largest that
+the worker of a system, or the program, has had.
 
 All systems do the same work: the program fails where the update of a weight has another norm than this project's with
 the same kind of LSTM. The peers (PyTorch, FedJAX, Flower) are programs of their own, in `peers/`; one that is not
@@ -191,6 +192,7 @@ def _time_rounds(builders, settings, program_process):
     norms, deviations = {}, collections.defaultdict(list)
     for _ in range(settings.repeats):
         for name, run_round in rounds.items():
+            run_round()()  # Not timed: after the others' turns its caches are cold, which in training they are not.
             start, cpu_start = time.monotonic(), _cpu_seconds(known)
             update_norms = run_round()
             seconds[name].append(time.monotonic() - start)

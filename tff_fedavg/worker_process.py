@@ -27,7 +27,6 @@ _ENVIRONMENT = {
     "TF_NUM_INTRAOP_THREADS": "1",
     # The C library keeps what it has of the system: to give it back, and to ask again for the next copy of a model,
     # takes a fifth of what a round costs besides the training.
-    "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "MALLOC_TOP_PAD_": "67108864",
