@@ -229,9 +229,7 @@ def _measure_evaluation(task, settings):
     weights = process.initialize().global_model_weights
     parts = list(range(task.test.num_clients))[: settings.test_parts]
     seconds = _median_seconds(lambda: fed_eval(weights, parts), settings.repeats)
-    return [
-        Row(settings.task, f"evaluation on {task.test.num_examples.sum()} examples", "tff_fedavg", seconds, None, None)
-    ]
+    return [Row(settings.task, f"evaluation on {task.test.num_examples.sum()} examples", _OWN, seconds, None, None)]
 
 
 def _measure_numbers_of_clients(settings):
@@ -247,7 +245,7 @@ def _measure_numbers_of_clients(settings):
         seconds = _median_seconds(run_round, settings.repeats)
         examples = task.train.num_examples[0]
         measured = f"round of {clients} clients of {examples} examples"
-        rows.append(Row(settings.task, measured, "tff_fedavg", seconds, None, None))
+        rows.append(Row(settings.task, measured, _OWN, seconds, None, None))
     return rows
 
 
@@ -262,7 +260,7 @@ def _measure_start(settings):
         start = time.monotonic()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds = time.monotonic() - start
-    return Row(settings.task, "start and first round of binaries.train", "tff_fedavg", seconds, None, None)
+    return Row(settings.task, "start and first round of binaries.train", _OWN, seconds, None, None)
 
 
 def _median_seconds(function, repeats):
@@ -295,7 +293,7 @@ def _peak_megabytes(process):
 def _print(rows: list[Row]) -> None:
     ours = {}
     for row in rows:
-        if row.system in ("tff_fedavg", ""):
+        if row.system in (_OWN, ""):
             ours = {row.measured: row}
             print(f"\n{row.task}, {row.measured}")
         own = ours.get(row.measured, row)
