@@ -23,7 +23,7 @@ _CONFIG = flags.DEFINE_string(
     "config", None, "config.json of a run, for another run with its flags, but for those that are given."
 )
 
-_BEYOND_THE_PAPER = ("client_optimizer", "proximal_strength", "server_optimizer", "aggregator")
+_BEYOND_THE_PAPER = ("client_optimizer", "proximal_strength", "server_optimizer", "aggregator", "matmul_precision")
 
 experiment_flags.define()
 flags.adopt_module_key_flags(data_flags)

@@ -100,6 +100,7 @@ OUT_OF_RANGE = [
     ("aggregator", ["median", 1]),
     ("client_weighting", ["equal", 1]),
     ("eval_train", [1, "true"]),
+    ("matmul_precision", ["float16", 16]),
     ("target_accuracy", [-0.1, 1.01, math.nan]),
 ]
 

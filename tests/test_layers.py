@@ -344,3 +344,28 @@ def test_max_pooling_of_other_sizes_is_refused():
         MaxPooling(4)
     with pytest.raises(ValueError, match="is 4 x 5"):
         MaxPooling(2)(tf.zeros([1, 4, 5, 1]))
+
+
+@pytest.mark.parametrize(
+    ("make_layer", "shape"),
+    [
+        (lambda: PeepholeLSTM(4), [2, 3, 4]),
+        (lambda: MaxPooling(3), [2, 4, 4, 8]),
+        (LocalResponseNormalization, [2, 2, 2, 12]),
+    ],
+)
+def test_layers_compute_in_float32_under_a_mixed_policy(make_layer, shape):
+    x = tf.cast(tf.random.normal(shape), tf.bfloat16)
+    exact = make_layer()
+    exact.build(shape)
+    tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        mixed = make_layer()
+        mixed.build(shape)
+        restored = type(mixed).from_config(mixed.get_config())
+    finally:
+        tf.keras.mixed_precision.set_global_policy("float32")
+    mixed.set_weights(exact.get_weights())
+    assert mixed(x).dtype == tf.float32
+    assert restored.compute_dtype == "float32"
+    np.testing.assert_array_equal(mixed(x), exact(tf.cast(x, tf.float32)))

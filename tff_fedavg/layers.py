@@ -1,4 +1,7 @@
-"""The layers of the paper's models that Keras lacks, in forms that are fast on a CPU."""
+"""The layers of the paper's models that Keras lacks, in forms that are fast on a CPU.
+
+They compute in float32 under a mixed policy of Keras, too: in bfloat16 they would be slower.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,8 +28,8 @@ class PeepholeLSTM(tf.keras.layers.Layer):
     i, f, g, o, and the peepholes p_i, p_f, p_o `[units]`.
     """
 
-    def __init__(self, units: int, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, units: int, *, dtype: str = "float32", **kwargs):
+        super().__init__(dtype=dtype, **kwargs)
         self.units = units
 
     def build(self, input_shape: tf.TensorShape):
@@ -130,8 +133,8 @@ class MaxPooling(tf.keras.layers.Layer):
     pooling looks for the largest values one by one: with it a step of the CIFAR CNN takes 1.1 times as long.
     """
 
-    def __init__(self, pool_size: int, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, pool_size: int, *, dtype: str = "float32", **kwargs):
+        super().__init__(dtype=dtype, **kwargs)
         if pool_size not in (2, 3):
             raise ValueError(f"pool_size is {pool_size}; it must be 2 or 3")
         self.pool_size = pool_size
@@ -184,6 +187,9 @@ class LocalResponseNormalization(tf.keras.layers.Layer):
     Maps float32 `[..., channels]` to the same shape. It is `tf.nn.local_response_normalization(x, 4, 1, 0.001 / 9,
     0.75)` in operations whose gradient is cheap: with that one a step of the CIFAR CNN takes 1.3 times as long.
     """
+
+    def __init__(self, *, dtype: str = "float32", **kwargs):
+        super().__init__(dtype=dtype, **kwargs)
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         channels = tf.range(inputs.shape[-1])

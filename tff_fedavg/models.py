@@ -16,7 +16,7 @@ def mnist_2nn(num_classes: int = 10) -> tf.keras.Model:
             tf.keras.layers.Flatten(),
             tf.keras.layers.Dense(200, activation="relu"),
             tf.keras.layers.Dense(200, activation="relu"),
-            tf.keras.layers.Dense(num_classes),
+            tf.keras.layers.Dense(num_classes, dtype="float32"),
         ]
     )
 
@@ -34,13 +34,15 @@ def mnist_cnn(num_classes: int = 10) -> tf.keras.Model:
         [
             tf.keras.layers.InputLayer([28, 28]),
             tf.keras.layers.Reshape([28, 28, 1]),
-            tf.keras.layers.Conv2D(32, 5, padding="same", activation="relu"),
+            tf.keras.layers.Conv2D(32, 5, padding="same"),
+            tf.keras.layers.ReLU(dtype="float32"),
             MaxPooling(2),
-            tf.keras.layers.Conv2D(64, 5, padding="same", activation="relu"),
+            tf.keras.layers.Conv2D(64, 5, padding="same"),
+            tf.keras.layers.ReLU(dtype="float32"),
             MaxPooling(2),
             tf.keras.layers.Flatten(),
             tf.keras.layers.Dense(512, activation="relu"),
-            tf.keras.layers.Dense(num_classes),
+            tf.keras.layers.Dense(num_classes, dtype="float32"),
         ]
     )
 
@@ -62,7 +64,7 @@ def char_lstm() -> tf.keras.Model:
             tf.keras.layers.Embedding(258, 8, embeddings_initializer=tf.keras.initializers.RandomUniform(-1, 1)),
             PeepholeLSTM(256),
             PeepholeLSTM(256),
-            tf.keras.layers.Dense(258),
+            tf.keras.layers.Dense(258, dtype="float32"),
         ]
     )
 
@@ -83,18 +85,18 @@ def cifar_cnn() -> tf.keras.Model:
     return tf.keras.Sequential(
         [
             tf.keras.layers.InputLayer([24, 24, 3]),
-            tf.keras.layers.Conv2D(64, 5, padding="same", activation="relu", kernel_initializer=weights(0.05)),
+            tf.keras.layers.Conv2D(64, 5, padding="same", kernel_initializer=weights(0.05)),
+            tf.keras.layers.ReLU(dtype="float32"),
             MaxPooling(3),
             LocalResponseNormalization(),
-            tf.keras.layers.Conv2D(
-                64, 5, padding="same", activation="relu", kernel_initializer=weights(0.05), bias_initializer=bias
-            ),
+            tf.keras.layers.Conv2D(64, 5, padding="same", kernel_initializer=weights(0.05), bias_initializer=bias),
+            tf.keras.layers.ReLU(dtype="float32"),
             LocalResponseNormalization(),
             MaxPooling(3),
             tf.keras.layers.Flatten(),
             tf.keras.layers.Dense(384, activation="relu", kernel_initializer=weights(0.04), bias_initializer=bias),
             tf.keras.layers.Dense(192, activation="relu", kernel_initializer=weights(0.04), bias_initializer=bias),
-            tf.keras.layers.Dense(10, kernel_initializer=weights(1 / 192)),
+            tf.keras.layers.Dense(10, kernel_initializer=weights(1 / 192), dtype="float32"),
         ]
     )
 
@@ -115,6 +117,6 @@ def word_lstm() -> tf.keras.Model:
             tf.keras.layers.InputLayer([None], dtype=tf.int32),
             tf.keras.layers.Embedding(10_000, 192, embeddings_initializer=tf.keras.initializers.RandomUniform(-1, 1)),
             PeepholeLSTM(256),
-            tf.keras.layers.Dense(10_000),
+            tf.keras.layers.Dense(10_000, dtype="float32"),
         ]
     )

@@ -205,6 +205,12 @@ class Experiment:
         above=True,
         needs=("aggregator", "dp"),
     )
+    matmul_precision: str = field(
+        "Of the matrix products and convolutions of the model: bfloat16 is faster for convolutions, on processors that "
+        "have it.",
+        "float32",
+        takes=("float32", "bfloat16"),
+    )
     clients_per_subround: int | None = field(
         "How many clients' updates the worker has in memory at once, which is not needed for the mean; by default as "
         "many as take about a gigabyte.",
@@ -329,7 +335,7 @@ class Experiment:
         self, data_dir: str | os.PathLike[str] = tasks.DATA_DIR, cache_dir: str | os.PathLike[str] = tasks.CACHE_DIR
     ) -> "Task":
         """Builds its task; see `tasks.build_task`."""
-        return tasks.build_task(
+        task = tasks.build_task(
             self.task,
             data=self.data,
             data_dir=data_dir,
@@ -339,6 +345,11 @@ class Experiment:
             clients=self.clients,
             seed=self.seed,
         )
+        if self.matmul_precision == "float32":
+            return task
+        from binaries.experiment import precision  # Imports TensorFlow.
+
+        return dataclasses.replace(task, keras_model_fn=precision.in_bfloat16(task.keras_model_fn))
 
 
 # By name.

@@ -6,7 +6,7 @@ import tensorflow_federated as tff
 
 import tasks
 import tff_fedavg
-from binaries.experiment import aggregators
+from binaries.experiment import aggregators, precision
 from binaries.experiment.observer import Observer
 from binaries.experiment.process import build_evaluate, build_process, choose_target
 from binaries.experiment.record import Experiment
@@ -56,9 +56,12 @@ def run(
     observer = observer or Observer()
     directory = run_dir if isinstance(run_dir, RunDirectory) else RunDirectory(run_dir)
     run_dir = directory.path
+    workers = workers or Workers()
+    if experiment.matmul_precision == "bfloat16" and not workers.addresses:
+        precision.check_processor()
     if held := Experiment.read(run_dir):
         held.go_on(run_dir, experiment.to_json())  # Refuses another experiment.
-    with (workers or Workers()).start(experiment.clients_per_subround):
+    with workers.start(experiment.clients_per_subround):
         task = experiment.build_task(data_dir, cache_dir)
         target = choose_target(experiment, task)
         model = task.build_model(experiment.seed)

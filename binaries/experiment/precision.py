@@ -1,0 +1,64 @@
+"""Matrix products and convolutions in bfloat16, by a policy of Keras; weights and their averages stay float32."""
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator
+
+import tensorflow as tf
+
+_POLICY = "mixed_bfloat16"
+# What Linux calls the instructions: AVX-512 and AMX of x86, and those of Arm.
+_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}
+
+KerasModelFn = Callable[[], tf.keras.Model]
+
+
+def in_bfloat16(keras_model_fn: KerasModelFn) -> KerasModelFn:
+    """Returns what builds the same model with the policy; a layer that names another one keeps that.
+
+    Raises:
+      ValueError: When a model is built, if it has no product in bfloat16.
+    """
+
+    def build() -> tf.keras.Model:
+        with _policy():
+            model = keras_model_fn()
+        if not any(map(_multiplies_in_bfloat16, model.submodules)):
+            raise ValueError(
+                "--matmul_precision=bfloat16: no layer of this model has matrix products in bfloat16; leave it out"
+            )
+        return model
+
+    return build
+
+
+def check_processor(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> None:
+    """Checks that the processor has instructions for bfloat16, without which it takes much longer than float32.
+
+    Raises:
+      ValueError: If it has not.
+    """
+    if not _INSTRUCTIONS & set(cpuinfo.read_text().split()):
+        raise ValueError(
+            "--matmul_precision=bfloat16: this processor has no instructions for it (avx512_bf16); leave it out"
+        )
+
+
+@contextlib.contextmanager
+def _policy() -> Iterator[None]:
+    before = tf.keras.mixed_precision.global_policy()
+    tf.keras.mixed_precision.set_global_policy(_POLICY)
+    try:
+        yield
+    finally:
+        tf.keras.mixed_precision.set_global_policy(before)
+
+
+def _multiplies_in_bfloat16(module: tf.Module) -> bool:
+    # An embedding looks up what the other layers with a matrix multiply.
+    return (
+        isinstance(module, tf.keras.layers.Layer)
+        and not isinstance(module, (tf.keras.Model, tf.keras.layers.Embedding))
+        and module.compute_dtype == "bfloat16"
+        and any(weight.shape.rank >= 2 for weight in module.weights)
+    )
