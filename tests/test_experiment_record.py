@@ -92,7 +92,7 @@ OUT_OF_RANGE = [
     ("learning_rate", [0, -0.1, math.nan, math.inf, 1e39, 10**400]),
     ("learning_rate_decay", [0, 1.01, math.nan]),
     ("rounds", [0, 2**31, "20"]),
-    ("eval_every", [0, 2**31]),
+    ("eval_every", [-1, 2**31]),
     ("client_optimizer", ["rmsprop", 1]),
     ("proximal_strength", [-0.1, math.nan, math.inf]),
     ("server_optimizer", ["rmsprop", 1]),

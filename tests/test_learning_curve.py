@@ -87,6 +87,19 @@ def test_the_evaluations_are_the_rows_that_have_the_metric():
     assert learning_curve.evaluations(rows) == ([0, 2], [0.5, 0.75])
 
 
+@pytest.mark.parametrize(
+    ("rounds_per_evaluation", "expected"),
+    [(1, [1, 2, 3, 4]), (7, [7, 14, 21, 28]), (0, [*range(1, 10), *range(10, 100, 10), 100, 200, 300, 400])],
+)
+def test_evaluations_are_multiples_or_in_the_rounds_of_the_papers_figures(rounds_per_evaluation, expected):
+    found = [0]
+    while len(found) <= len(expected):
+        found.append(learning_curve.next_evaluation(found[-1], rounds_per_evaluation))
+    assert found[1:] == expected
+    for after in range(expected[-1]):  # Also of rounds that are none.
+        assert learning_curve.next_evaluation(after, rounds_per_evaluation) == min(r for r in expected if r > after)
+
+
 def test_plot_draws_a_picture_and_leaves_no_temporary_file(tmp_path):
     path = tmp_path / "curve.png"
     learning_curve.plot(path, [0, 1, 2], [0.1, 0.8, 0.7], target=Target(0.75), title="test")

@@ -78,7 +78,7 @@ def train(
       evaluate: Maps model weights to metrics on the test set, that of the target among them.
       target: Where to stop, and the metric of which the best value is kept.
       total_rounds: Last round.
-      rounds_per_evaluation: Evaluates round 0, its multiples, and the last round.
+      rounds_per_evaluation: As for `learning_curve.next_evaluation`; round 0 and the last round are evaluated, too.
       also_released: What is released with the metrics of each round, such as the bytes that are sent.
       on_start: Called once, before anything is written, with the round that training goes on after, 0 for a new run.
       on_round: Called after each round.
@@ -111,7 +111,8 @@ def train(
 
     def record(round_number, metrics, state):
         nonlocal best
-        if round_number % rounds_per_evaluation == 0 or round_number == total_rounds:
+        is_next = round_number == learning_curve.next_evaluation(round_number - 1, rounds_per_evaluation)
+        if is_next or round_number in (0, total_rounds):
             evaluation = evaluate(state.global_model_weights)
             metrics.update((f"evaluation/{name}", float(value)) for name, value in evaluation.items())
             best = target.best([*([] if best is None else [best]), metrics[target.field]])

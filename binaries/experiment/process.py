@@ -12,7 +12,7 @@ from binaries.experiment.aggregators import build_aggregator
 from binaries.experiment.optimizers import build_client_optimizer, build_server_optimizer
 from binaries.experiment.record import Experiment
 from tasks.task import Task
-from tff_fedavg.learning_curve import Target
+from tff_fedavg.learning_curve import Target, next_evaluation
 
 # Updates of SGD between two lines of metrics and of progress: a second or a few.
 _UPDATES_PER_CALL = 20
@@ -86,5 +86,5 @@ def build_process(
 def _num_updates(first_update: int, experiment: Experiment) -> int:
     """Returns how many updates of SGD, counted from 1, are run from this one to the next evaluation, or progress."""
     before = first_update - 1
-    to_evaluation = experiment.eval_every - before % experiment.eval_every
+    to_evaluation = next_evaluation(before, experiment.eval_every) - before
     return min(to_evaluation, experiment.rounds - before, _UPDATES_PER_CALL)

@@ -20,7 +20,7 @@ from tff_fedavg import learning_curve
 SLOWER = 1.5  # A rate is given up at so many times the rounds of another one: it cannot win any more.
 
 _CAP = 1.5  # Rounds of a run at most, in multiples of the paper's.
-_EVALUATIONS = 100  # Of a run at its cap, about; with less rounds it is one a round.
+_CIFAR_EVALUATIONS = 100  # Of a run at its cap.
 
 # A good eta for each model and B: those of Figures 1 and 8 where the paper names one for B = 10, found in trials for
 # the others. On the grid of 10^(k/6), which has all rates that the paper names outside of CIFAR-10 and the word LSTM. A
@@ -57,7 +57,7 @@ class Grid:
       rates: The learning rates to start with, in this order.
       extends: Whether rates follow until the best one is not at an edge, and slow ones are given up.
       rounds: Where a run stops at the latest.
-      eval_every: Rounds between evaluations.
+      eval_every: Rounds between evaluations; 0 for those of the paper's figures.
       target: Test accuracy where a run stops; None if it goes on to the last round.
       decay: Factor on eta, and the rounds between two decays; None if eta is constant.
       eval_train: Whether the loss on all training data is evaluated too.
@@ -351,12 +351,13 @@ def _table_grid(cell: Cell) -> Grid:
         or [row.rounds for row in published.rows() if row.column in columns and row.rounds is not None]
     )
     cap = math.ceil(_CAP * most)
-    limits = {"rounds": cap, "eval_every": max(1, cap // _EVALUATIONS), "target": max(row.target for row in shown)}
+    limits = {"rounds": cap, "target": max(row.target for row in shown)}
     if cell.task == "cifar_cnn":
-        rates = _CIFAR_RATES[cell.algorithm]
-        return Grid(cell, rates, extends=False, decay=_CIFAR_DECAY[cell.algorithm], **limits)
+        limits |= {"eval_every": cap // _CIFAR_EVALUATIONS, "decay": _CIFAR_DECAY[cell.algorithm]}
+        return Grid(cell, _CIFAR_RATES[cell.algorithm], extends=False, **limits)
     centre = _CENTRES[cell.task, cell.B]
-    return Grid(cell, (centre, _neighbour(centre, -2), _neighbour(centre, 2)), extends=True, **limits)
+    rates = (centre, _neighbour(centre, -2), _neighbour(centre, 2))
+    return Grid(cell, rates, extends=True, eval_every=0, **limits)
 
 
 def _in_small(grids: Collection[Grid]) -> dict[Grid, Grid]:
