@@ -96,8 +96,17 @@ def test_row_within_a_quarter_of_the_paper_is_not_marked(results_dir):
 def test_table_is_summed_up_by_its_median_ratio_and_largest_speedup(results_dir):
     # The ratios are 50 / 92 and 1500 / 1468; the paper's largest is 1468 / 32.
     summary = cells(results_dir, "mnist_2nn | iid", "## Table 4")
-    assert summary == ["mnist_2nn", "iid", "2 of 9", "0.78", "45.9x", "30.0x"]
-    assert cells(results_dir, "mnist_2nn | pathological", "## Table 4")[2:] == ["0 of 9", "", "3.7x", ""]
+    assert summary == ["mnist_2nn", "iid", "2 of 9", "0.78", "1 of 2", "45.9x", "30.0x"]
+    assert cells(results_dir, "mnist_2nn | pathological", "## Table 4")[2:] == ["0 of 9", "", "", "3.7x", ""]
+
+
+def test_all_tables_are_summed_up_in_a_sentence(results_dir):
+    # Tables 1 and 4 have both cells: 50 of 87, 50 of 92, 1500 of 1474 and of 1468.
+    (sentence,) = [line for line in lines(results_dir) if line.startswith("Of the 91 numbers of Tables 1 to 4")]
+    assert sentence == (
+        "Of the 91 numbers of Tables 1 to 4, 4 are measured. The target was reached in 4 of them: the median ratio, "
+        "here over the paper, is 0.80, and 2 are within 25 %."
+    )
 
 
 def test_same_run_is_shown_in_every_table_that_has_its_cell(results_dir):
