@@ -6,6 +6,7 @@ What goes wrong in finding and calling one is an error of one line. What its own
 import importlib
 import importlib.util
 import inspect
+import os
 import pathlib
 import re
 import sys
@@ -77,6 +78,8 @@ def _find(name: str) -> Callable[..., Any]:
         module = _load(pathlib.Path(source).expanduser())
     else:
         source, _, function = name.partition(":")
+        if os.getcwd() not in sys.path:  # Of the installed command. Last, so that it takes no package's place.
+            sys.path.append(os.getcwd())
         try:
             module = importlib.import_module(source)
         except ModuleNotFoundError as e:

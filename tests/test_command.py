@@ -58,6 +58,14 @@ def test_a_directory_of_the_users_does_not_take_the_place_of_a_package(tmp_path)
     assert run("train", "--version", cwd=tmp_path)[0] == 0
 
 
+def test_a_task_of_ones_own_is_found_in_the_current_directory_as_module_and_as_file(tmp_path):
+    (tmp_path / "my_tasks").mkdir()
+    (tmp_path / "my_tasks" / "broken.py").write_text("def build():\n    return 'no task'\n")
+    for task in ("my_tasks.broken:build", "my_tasks/broken.py"):
+        told = run("train", f"--task={task}", "--learning_rate=0.1", cwd=tmp_path)[2].splitlines()[-1]
+        assert told == f"train: {task} returns a str; it has to return a tasks.Task"
+
+
 def test_ctrl_c_while_a_program_is_being_loaded_is_no_traceback(tmp_path):
     (tmp_path / "absl.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)")
     started = subprocess.Popen(
