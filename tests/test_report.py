@@ -1,6 +1,7 @@
 """RESULTS.md, against numbers worked out by hand from runs that are written by hand."""
 
 import csv
+import dataclasses
 import pathlib
 import shutil
 
@@ -91,6 +92,15 @@ def test_row_within_a_quarter_of_the_paper_is_not_marked(results_dir):
     assert row[3:5] == ["1500.0", "1.02"]
     assert row[8] == "0.1, 0.215, 0.464"
     assert row[11] == ""
+
+
+def test_run_that_was_evaluated_in_other_rounds_is_marked(results_dir, tmp_path):
+    shutil.copytree(results_dir, tmp_path, dirs_exist_ok=True)
+    run = grid_of(FED_SGD, 4).run(0.215)
+    settings = dataclasses.replace(run.experiment, eval_every=7).to_json()
+    write_record(run.directory(tmp_path) / "config.json", {"settings": settings})
+    report.write(tmp_path)
+    assert cells(tmp_path, FED_SGD.name, "## Table 4")[11] == "evaluated every 7 rounds, not as in the paper"
 
 
 def test_table_is_summed_up_by_its_median_ratio_and_largest_speedup(results_dir):

@@ -233,6 +233,9 @@ def _details(
     notes = [published.explanations().get(row.cell.name, "open")] if differs else []
     if not measured.complete:
         notes.append("the grid is not finished")
+    held = Experiment.read(measured.run.directory(results_dir))
+    if held.eval_every != measured.run.grid.eval_every:
+        notes.append(f"evaluated every {held.eval_every} rounds, not as in the paper")
     shown = f"{ratio:.2f}" if ratio else "-"
     return (
         *paper,
@@ -240,7 +243,7 @@ def _details(
         *map(_times, speedups),
         f"{measured.run.learning_rate:g}",
         ", ".join(f"{run.learning_rate:g}" for run in measured.runs),
-        str(Experiment.read(measured.run.directory(results_dir)).seed),
+        str(held.seed),
         measured.run.outcome(results_dir)["date"],
         "; ".join(notes),
     )
