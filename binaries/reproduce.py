@@ -4,8 +4,8 @@
     python -m binaries.reproduce --list
     python -m binaries.reproduce --report
 
-Started again, it goes on where it was; without --table and --figure it is about all of them. It runs as many models at
-once as it may use cores.
+Started again, it goes on where it was; without --table and --figure it is about all of them, what takes least first. It
+runs as many models at once as it may use cores.
 """
 
 import fnmatch
@@ -43,6 +43,9 @@ _ROUNDS = flags.DEFINE(
 _BUDGET_HOURS = flags.DEFINE(
     real(0, 1e6), "budget_hours", None, "Stops after so many hours, to go on with the next call."
 )
+_JOBS = flags.DEFINE(
+    integer(1, 2**16), "jobs", None, "Models at once at most; by default one on each core that the program may use."
+)
 _LIST = flags.DEFINE_boolean("list", False, "Shows the cells, what was measured, and the time that the rest takes.")
 _REPORT = flags.DEFINE_boolean("report", False, "Writes RESULTS.md and its pictures into --results_dir.")
 _QUICK = flags.DEFINE_boolean(
@@ -73,11 +76,11 @@ def main() -> None:
     if _LIST.value:
         print("\n".join(_listing(panels, grids, results_dir)))
         return
-    _run(panels, grids, results_dir)
+    _run(panels, plan.cheapest_first(grids, results_dir), results_dir)
 
 
 def _selection() -> tuple[list[str], list[plan.Grid]]:
-    """Returns the panels of Figure 1 and the grids that the flags ask for, in the order in which they are run."""
+    """Returns the panels of Figure 1 and the grids that the flags ask for, in the paper's order."""
     everything = not _TABLE.value and not _FIGURE.value
     figures = [f for n, f in plan.figures(_QUICK.value).items() if everything or n in _FIGURE.value]
     grids = [g for n in (1, 2, 3, 4) if everything or n in _TABLE.value for g in plan.table(n, _QUICK.value)]
@@ -136,7 +139,7 @@ def _run(panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pathlib
     failed = _without_data(panels, grids, results_dir) if time.monotonic() < deadline else set()
     printed, printed_at = {}, time.monotonic()
     try:
-        with pool.Pool() as processes:
+        with pool.Pool(_JOBS.value) as processes:
             while time.monotonic() < deadline:
                 for name, job in _jobs(panels, grids, results_dir):
                     if not processes.has_room:

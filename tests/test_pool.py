@@ -69,6 +69,15 @@ def test_processes_are_kept_from_job_to_job_and_have_a_core_each():
     assert not any(ended.failed for ended in outcomes)
 
 
+def test_no_more_jobs_run_at_once_than_are_allowed():
+    with pool.Pool(jobs=1) as processes:
+        assert processes.has_room
+        processes.submit("the only one", pid)
+        assert not processes.has_room
+        assert [ended.name for ended in processes.wait(60)] == ["the only one"]
+        assert processes.has_room
+
+
 def test_process_is_replaced_before_what_its_jobs_leave_in_memory_adds_up(monkeypatch):
     monkeypatch.setattr(pool, "_JOBS_PER_PROCESS", 2)
     outcomes = []

@@ -150,6 +150,18 @@ def test_seconds_left_follow_the_clients_and_the_local_epochs(tmp_path):
     assert left == pytest.approx(2 * 77 * 0.02 * 2, rel=0.01)  # Two rates, the paper's 77 rounds, twice the clients.
 
 
+def test_what_takes_least_is_run_first_and_what_is_not_known_last(tmp_path):
+    record(tmp_path, grid_of(CELL, 1).run(0.1), 50)  # 0.02 s a round, of 2 rates that are left.
+    cells = [
+        Cell("mnist_cnn", "iid", "fedavg", 0.1, 5, 10),  # Not known.
+        Cell("mnist_2nn", "iid", "fedavg", 0.5, 1, 10),
+        Cell("mnist_2nn", "iid", "fedavg", 0.0, 1, 10),  # 316 rounds of a tenth of the clients.
+        CELL,
+    ]
+    grids = [grid_of(cell, 1) for cell in cells]
+    assert [grid.cell for grid in plan.cheapest_first(grids, tmp_path)] == [cells[2], cells[3], cells[1], cells[0]]
+
+
 @pytest.fixture
 def fake_training(monkeypatch):
     """Replaces the training by one that gains an accuracy of 0.01 a round, and may diverge."""

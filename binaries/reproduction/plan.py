@@ -332,6 +332,17 @@ def seconds_left(
     return statistics.median(seconds) * rounds * len(wanted)
 
 
+def cheapest_first(grids: Collection[Grid], results_dir: pathlib.Path) -> list[Grid]:
+    """Returns the grids by the time that the rest of them takes; at the end those of which it is not known."""
+    found = outcomes(results_dir)
+
+    def seconds(grid: Grid) -> float:
+        left = seconds_left(grid, grid.progress(results_dir)[1], found)
+        return math.inf if left is None else left
+
+    return sorted(grids, key=seconds)
+
+
 def _work(cell: Cell) -> float:
     """Returns C E, where C = 0 is one client of a hundred."""
     return 1.0 if cell.algorithm == "sgd" else max(cell.C, 0.01) * cell.E

@@ -53,10 +53,14 @@ class _Process:
 
 
 class Pool:
-    """A context manager, at whose end every job that still runs gets SIGTERM and time to save its state."""
+    """A context manager, at whose end every job that still runs gets SIGTERM and time to save its state.
 
-    def __init__(self):
-        self._free_cores = sorted(os.sched_getaffinity(0))
+    Args:
+      jobs: How many run at once at most; by default one on each core that the program may use.
+    """
+
+    def __init__(self, jobs: int | None = None):
+        self._free_cores = sorted(os.sched_getaffinity(0))[:jobs]
         self._idle = []
         self._running = {}  # By connection.
         with signals.postponed():
