@@ -1,7 +1,4 @@
-"""The layers of the paper's models that Keras lacks, in forms that are fast on a CPU.
-
-They compute in float32 under a mixed policy of Keras, too: in bfloat16 they would be slower.
-"""
+"""The layers of the paper's models that Keras lacks, in forms that are fast on a CPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +6,15 @@ from typing import Any
 import tensorflow as tf
 
 
+class _Float32Layer(tf.keras.layers.Layer):
+    """A layer that computes in float32 under a mixed policy of Keras, too: in bfloat16 it cannot, or is slower."""
+
+    def __init__(self, *, dtype: str = "float32", **kwargs):
+        super().__init__(dtype=dtype, **kwargs)
+
+
 @tf.keras.saving.register_keras_serializable("tff_fedavg")
-class PeepholeLSTM(tf.keras.layers.Layer):
+class PeepholeLSTM(_Float32Layer):
     """An LSTM with diagonal peephole connections (Gers et al. 2002; Sak et al. 2014), from zero initial states.
 
         i_t = sigmoid(W_i x_t + U_i h_{t-1} + p_i * c_{t-1} + b_i)
@@ -28,8 +32,8 @@ class PeepholeLSTM(tf.keras.layers.Layer):
     i, f, g, o, and the peepholes p_i, p_f, p_o `[units]`.
     """
 
-    def __init__(self, units: int, *, dtype: str = "float32", **kwargs):
-        super().__init__(dtype=dtype, **kwargs)
+    def __init__(self, units: int, **kwargs):
+        super().__init__(**kwargs)
         self.units = units
 
     def build(self, input_shape: tf.TensorShape):
@@ -125,7 +129,7 @@ def _in_order_of_block_lstm(by_gate: tf.Tensor) -> tf.Tensor:
 
 
 @tf.keras.saving.register_keras_serializable("tff_fedavg")
-class MaxPooling(tf.keras.layers.Layer):
+class MaxPooling(_Float32Layer):
     """Max pooling with stride 2 over windows of 2x2 or 3x3, as `tf.keras.layers.MaxPooling2D(..., padding="same")`.
 
     Maps float32 `[batch, height, width, channels]`, height and width even, to `[batch, height / 2, width / 2,
@@ -133,8 +137,8 @@ class MaxPooling(tf.keras.layers.Layer):
     pooling looks for the largest values one by one: with it a step of the CIFAR CNN takes 1.1 times as long.
     """
 
-    def __init__(self, pool_size: int, *, dtype: str = "float32", **kwargs):
-        super().__init__(dtype=dtype, **kwargs)
+    def __init__(self, pool_size: int, **kwargs):
+        super().__init__(**kwargs)
         if pool_size not in (2, 3):
             raise ValueError(f"pool_size is {pool_size}; it must be 2 or 3")
         self.pool_size = pool_size
@@ -179,7 +183,7 @@ def _max_pool(x: tf.Tensor, overlap: bool) -> tf.Tensor:
 
 
 @tf.keras.saving.register_keras_serializable("tff_fedavg")
-class LocalResponseNormalization(tf.keras.layers.Layer):
+class LocalResponseNormalization(_Float32Layer):
     """Local response normalization (Krizhevsky et al. 2012) with the numbers of TensorFlow's CIFAR-10 tutorial.
 
         y_c = x_c / (1 + 0.001 / 9 * sum of x_d^2 over the channels d from c - 4 to c + 4)^(3/4)
@@ -187,9 +191,6 @@ class LocalResponseNormalization(tf.keras.layers.Layer):
     Maps float32 `[..., channels]` to the same shape. It is `tf.nn.local_response_normalization(x, 4, 1, 0.001 / 9,
     0.75)` in operations whose gradient is cheap: with that one a step of the CIFAR CNN takes 1.3 times as long.
     """
-
-    def __init__(self, *, dtype: str = "float32", **kwargs):
-        super().__init__(dtype=dtype, **kwargs)
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         channels = tf.range(inputs.shape[-1])
