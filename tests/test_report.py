@@ -215,6 +215,12 @@ def test_figures_are_drawn_and_compared_where_the_measured_curve_ends(results_di
     assert drawn == {"tables.png", "figure_1.png", "figure_7.png", "figure_8.png"}
 
 
+def test_monotone_curve_is_followed_to_its_target(results_dir):
+    # A line from 0.1 in round 0 to 0.965 in round 40, and on to 0.975 in round 60.
+    assert cells(results_dir, "mnist_2nn-iid | E=1 B=10", "## Figure 7")[6] == "90 %: 37.0, 95 %: 39.3, 97 %: 50.0"
+    assert cells(results_dir, "mnist_2nn-iid | E=10 B=10", "## Figure 7")[4:] == ["not run", "", ""]
+
+
 def test_committed_results_are_what_the_committed_runs_give(tmp_path):
     """No number of RESULTS.md enters by hand."""
     shutil.copytree(ROOT / "results" / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("states"))

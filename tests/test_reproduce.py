@@ -190,9 +190,9 @@ def test_rate_is_given_up_when_it_can_no_longer_win(tmp_path, fake_training):
     said = []
     execution.execute(grid.run(0.1), tmp_path, said.append, data_dir="", cache_dir="")
     outcome = grid.run(0.1).outcome(tmp_path)
-    assert (outcome["ended"], outcome["rounds"], outcome["best_accuracy"]) == ("slower", 60, 0.6)  # 1.5 * 40
+    assert (outcome["ended"], outcome["rounds"], outcome["best_accuracy"]) == ("slower", 40, 0.4)
     assert outcome["rounds_to_target"] is None
-    assert outcome["training_seconds"] == pytest.approx(0.5 * 61)
+    assert outcome["training_seconds"] == pytest.approx(0.5 * 41)
     assert said[30] == "round 30/138, best accuracy 0.3000"
     assert grid.run(0.1) in grid.progress(tmp_path)[0]
 

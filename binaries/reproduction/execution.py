@@ -8,7 +8,7 @@ from collections.abc import Callable
 from binaries.experiment.observer import Observer
 from binaries.experiment.workers import Workers
 from binaries.reproduction.outcome import read_outcome, write_outcome
-from binaries.reproduction.plan import SLOWER, Run
+from binaries.reproduction.plan import Run
 from tff_fedavg import learning_curve, run_directory
 from tff_fedavg.metrics_table import ROUND_FIELD
 
@@ -82,7 +82,7 @@ class _Observer(Observer):
         self._say(f"round {progress.round_number}/{self._run.grid.rounds}, best accuracy {best:.4f}")
         if self._run.grid.extends and progress.target.field in progress.metrics:
             is_reached = learning_curve.Target(self._run.grid.target).is_reached(best)
-            if not is_reached and progress.round_number >= SLOWER * self._fewest_rounds():
+            if not is_reached and progress.round_number >= self._fewest_rounds():
                 raise _GivenUpError
 
     def report_mended(self, message: str) -> None:

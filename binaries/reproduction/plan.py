@@ -17,8 +17,6 @@ from binaries.reproduction.outcome import read_outcome
 from binaries.reproduction.published import Cell
 from tff_fedavg import learning_curve
 
-SLOWER = 1.5  # A rate is given up at so many times the rounds of another one: it cannot win any more.
-
 _CAP = 1.5  # Rounds of a run at most, in multiples of the paper's.
 _CIFAR_EVALUATIONS = 100  # Of a run at its cap.
 
@@ -55,7 +53,7 @@ class Grid:
     Attributes:
       cell: The setting.
       rates: The learning rates to start with, in this order.
-      extends: Whether rates follow until the best one is not at an edge, and slow ones are given up.
+      extends: Whether rates follow until the best one is not at an edge, and those that cannot win are given up.
       rounds: Where a run stops at the latest.
       eval_every: Rounds between evaluations; 0 for those of the paper's figures.
       target: Test accuracy where a run stops; None if it goes on to the last round.

@@ -16,15 +16,16 @@ from binaries.experiment import Experiment
 from binaries.reproduction import claims, figure_1, plan, published
 from binaries.reproduction.measured import Measured, tables
 from binaries.reproduction.outcome import read_metrics
-from binaries.reproduction.plan import Curve, Figure, Run
+from binaries.reproduction.plan import Curve, Figure, Grid, Run
 from binaries.reproduction.published import Row
-from tff_fedavg import picture
+from tff_fedavg import learning_curve, picture
 from tff_fedavg.metrics_table import ROUND_FIELD
 from tff_fedavg.replacement import replacement
 
 _TOLERANCE = 0.25  # Rounds that differ by more are marked. The paper's own repeats of a cell differ by as much.
 _NOT_RUN = "not run"
 _SHOWN_ACCURACIES = {"mnist_2nn": (0.933, 0.987), "mnist_cnn": (0.97, 1.0), "shakespeare_lstm": (0.2, 0.65)}
+_ON_THE_WAY = {"mnist_2nn": (0.9, 0.95), "mnist_cnn": (0.97, 0.98), "shakespeare_lstm": (0.3, 0.4, 0.45, 0.5)}
 _PANEL_INCHES = 3.0  # The height.
 _MARKERS = 20  # Of a curve.
 _HOLLOW = {"markersize": 4, "markerfacecolor": "none"}
@@ -71,6 +72,7 @@ _RUN_HEADER = (
 )
 _SUMMARY_HEADER = ("task", "partition", "run", "median ratio", "within 25 %", "largest speed-up, paper", "here")
 _CURVE_HEADER = ("panel", "curve", "η", "at", "here", "paper")
+_WAY_HEADER = "rounds on the way"
 
 
 def write(results_dir: pathlib.Path, shrunk: bool = False) -> pathlib.Path:
@@ -313,13 +315,14 @@ def _figure_section(number: int, figure: Figure, results_dir: pathlib.Path) -> s
             if paper or curve in measured:
                 shown.add(curve.label)
             if curve not in measured:
-                rows.append((panel, curve.label, "", "", _NOT_RUN, ""))
+                rows.append((panel, curve.label, "", "", _NOT_RUN, "", *[""] * figure.monotone))
                 continue
             points = measured[curve]
             _draw(axes[panel], points, styles[curve.label])
             x, y = points[-1]
             rates = ", ".join(f"{run.learning_rate:g}" for run in _runs(figure, curve, results_dir))
-            rows.append((panel, curve.label, rates, f"{x:g}", f"{y:.4f}", _paper_value(paper, x)))
+            way = [_on_the_way(points, curve.grid)] * figure.monotone
+            rows.append((panel, curve.label, rates, f"{x:g}", f"{y:.4f}", _paper_value(paper, x), *way))
         if figure.monotone and targets[panel]:
             axes[panel].axhline(targets[panel], color="gray", linewidth=0.8)
             # The runs stop at the target, of the paper's only the ends are known: a linear axis would show neither.
@@ -339,7 +342,8 @@ def _figure_section(number: int, figure: Figure, results_dir: pathlib.Path) -> s
     lines += [Line2D([], [], color="gray", label=source, **style) for source, style in sources.items()]
     drawn.legend(handles=lines, loc="outside lower center", ncols=3, fontsize="small")
     path = _save(drawn, results_dir, f"figure_{number}")
-    return f"{title}\n\n![Figure {number}]({path})\n\n{_markdown(_CURVE_HEADER, rows)}"
+    header = (*_CURVE_HEADER, *[_WAY_HEADER] * figure.monotone)
+    return f"{title}\n\n![Figure {number}]({path})\n\n{_markdown(header, rows)}"
 
 
 def _runs(figure: Figure, curve: Curve, results_dir: pathlib.Path) -> list[Run]:
@@ -364,6 +368,13 @@ def _points(figure: Figure, curve: Curve, results_dir: pathlib.Path) -> np.ndarr
         points[:, 1] = np.maximum.accumulate(points[:, 1])
         points = points[np.diff(points[:, 0], append=np.inf) > 0]
     return points
+
+
+def _on_the_way(points: np.ndarray, grid: Grid) -> str:
+    """Returns the rounds to accuracies before the target, and to the target: they tell curves apart that end early."""
+    accuracies = (*_ON_THE_WAY.get(grid.cell.task, ()), *[grid.target] * (grid.target is not None))
+    rounds = {accuracy: learning_curve.Target(accuracy).rounds(*points.T) for accuracy in accuracies}
+    return ", ".join(f"{100 * accuracy:g} %: {n:.1f}" for accuracy, n in rounds.items() if n is not None)
 
 
 def _paper_value(paper: Sequence[tuple[float, float]] | None, x: float) -> str:
