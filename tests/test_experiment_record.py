@@ -253,7 +253,10 @@ def test_run_goes_on_with_another_end_or_in_other_subrounds_only():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.parent.relative_to(ROOT / "results")))
 def test_experiments_of_the_results_are_read_and_go_on_as_they_are(path):
-    settings = json.loads(path.read_text())["settings"]
+    config = json.loads(path.read_text())
+    settings = config["settings"]
+    for change in config.get("changes", ()):  # Of a run that went on further than it was to at first, or less far.
+        settings |= change["settings"]
     experiment = Experiment.read(path.parent)
     said = {name: value for name, value in settings.items() if value is not None}
     assert said.items() <= experiment.to_json().items()
