@@ -74,9 +74,9 @@ def check(
             if cell.partition == "role":
                 compare(Claim.PLAYS, row, partition="iid")
     for first, second in itertools.permutations([row for row in rounds if row.table in (2, 4)], 2):
-        if first.cell.partition == "role" and dataclasses.replace(first.cell, partition="iid") == second.cell:
-            if first.cell.algorithm == "fedavg":
-                found[Claim.ROLES][first.cell.name] = rounds[first] < rounds[second]
+        of_lines = dataclasses.replace(first.cell, partition="iid")
+        if (first.cell.partition, first.cell.algorithm) == ("role", "fedavg") and second.cell == of_lines:
+            found[Claim.ROLES][first.cell.name] = rounds[first] < rounds[second]
         if first.column == second.column and _APART * first.rounds <= second.rounds:
             name = f"{first.cell.name} before {second.cell.label}"
             found[Claim.ORDER][name] = rounds[first] < rounds[second]
