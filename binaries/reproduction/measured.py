@@ -1,5 +1,6 @@
 """What the runs of a row of the paper's tables measured."""
 
+import dataclasses
 import pathlib
 
 from binaries.reproduction import plan, published
@@ -12,32 +13,27 @@ from tff_fedavg import learning_curve
 class Measured:
     """What was measured of a row, at its best rate.
 
-    A run that has not been to its last round counts if it has reached the row's target: Table 3 has three for a run.
-
     Attributes:
-      runs: The runs that count.
+      runs: The finished runs.
       run: The best one; None if there is none.
       rounds: Its rounds to the target; None if it did not reach it.
       last_round: Its last round.
-      complete: Whether all runs of the grid count.
+      complete: Whether the grid has been run to its end.
     """
 
     def __init__(self, row: Row, grid: Grid, results_dir: pathlib.Path):
-        self.runs = []
+        # Of the row's target: Table 3 has three for a run, which goes on to the highest.
+        self.runs, wanted = dataclasses.replace(grid, target=row.target).progress(results_dir)
+        self.complete = not wanted
         self.run = self.rounds = self.last_round = None
         self._best = ()
-        done, wanted = grid.progress(results_dir)
-        for run in [*done, *wanted]:
-            rounds, accuracies = evaluations(run, results_dir) if run.outcome(results_dir) else ([], [])
+        for run in self.runs:
+            rounds, accuracies = evaluations(run, results_dir)
             reached = learning_curve.Target(row.target).rounds(rounds, accuracies)
-            if reached is None and run in wanted:
-                continue
-            self.runs.append(run)
             rank = (1, -max(accuracies)) if reached is None else (0, reached)
             if self.run is None or rank < self._best:
                 self.run, self.rounds, self._best = run, reached, rank
                 self.last_round, self._accuracy = rounds[-1], max(accuracies)
-        self.complete = len(self.runs) == len(done) + len(wanted)
 
     def __str__(self) -> str:
         if self.run is None:
