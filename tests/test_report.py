@@ -205,11 +205,13 @@ def test_run_that_was_stopped_counts_for_the_targets_that_it_has_reached(tmp_pat
     record(tmp_path, grid.run(0.15), [(0, 0.1, ""), (16000, 0.79, ""), (20000, 0.81, "")], ended="cap")
     report.write(tmp_path)
     text = lines(tmp_path)
-    assert "| sgd | B = 100 | 18000 → 18000 | 31000 → not run | 99000 → not run |" in text
+    assert "| sgd | B = 100 | 18000 → 18000 | 31000 → > 20000 | 99000 → > 20000 |" in text
     row = cells(tmp_path, f"{grid.cell.name} | 80 %", "## Table 3")
     assert row[2:5] == ["18000", "18000.0", "1.00"]
     assert row[11] == ""
     assert "Of the 91 numbers of Tables 1 to 4, 1 are measured." in "\n".join(text)
+    row = cells(tmp_path, f"{grid.cell.name} | 82 %", "## Table 3")
+    assert row[2:5] == ["31000", "stopped: not in 20000 rounds (0.8100)", ""]
 
 
 def test_report_without_runs_says_so(tmp_path):

@@ -36,12 +36,15 @@ Comparisons = Mapping[str, bool]
 
 
 def check(
-    rounds: Mapping[Row, float], mixtures: Mapping[str, Sequence[tuple[float, float]]]
+    rounds: Mapping[Row, float],
+    unreached: Mapping[Row, float],
+    mixtures: Mapping[str, Sequence[tuple[float, float]]],
 ) -> dict[Claim, Comparisons]:
     """Makes those comparisons of all claims for which there are numbers.
 
     Args:
       rounds: Rounds to the target, of the rows that reached it.
+      unreached: Rounds without the target, of rows that did not reach it; they tell nothing of a speed-up.
       mixtures: theta and the loss of the mixture, by initialisation (`figure_1.PANELS`).
     """
     found = {claim: {} for claim in Claim}
@@ -73,11 +76,15 @@ def check(
                 found[Claim.PATHOLOGICAL][cell.task] = best or speedup > 1
             if cell.partition == "role":
                 compare(Claim.PLAYS, row, partition="iid")
-    for first, second in itertools.permutations([row for row in rounds if row.table in (2, 4)], 2):
+    at_least = {**unreached, **rounds}
+    at_most = {**dict.fromkeys(unreached, np.inf), **rounds}
+    for first, second in itertools.permutations([row for row in at_least if row.table in (2, 4)], 2):
+        is_before = at_most[first] < at_least[second]
+        if not is_before and at_least[first] < at_most[second]:
+            continue  # One was stopped too early to tell.
         of_lines = dataclasses.replace(first.cell, partition="iid")
         if (first.cell.partition, first.cell.algorithm) == ("role", "fedavg") and second.cell == of_lines:
-            found[Claim.ROLES][first.cell.name] = rounds[first] < rounds[second]
+            found[Claim.ROLES][first.cell.name] = is_before
         if first.column == second.column and _APART * first.rounds <= second.rounds:
-            name = f"{first.cell.name} before {second.cell.label}"
-            found[Claim.ORDER][name] = rounds[first] < rounds[second]
+            found[Claim.ORDER][f"{first.cell.name} before {second.cell.label}"] = is_before
     return found

@@ -17,7 +17,8 @@ class Measured:
       runs: The finished runs.
       run: The best one; None if there is none.
       rounds: Its rounds to the target; None if it did not reach it.
-      last_round: Its last round.
+      last_round: Its last round; without a finished run, that of the longest which was stopped before; None if nothing
+        was run.
       complete: Whether the grid has been run to its end.
     """
 
@@ -34,12 +35,18 @@ class Measured:
             if self.run is None or rank < self._best:
                 self.run, self.rounds, self._best = run, reached, rank
                 self.last_round, self._accuracy = rounds[-1], max(accuracies)
+        if self.run is None:
+            stopped = [evaluated for run in wanted if (evaluated := evaluations(run, results_dir))[0]]
+            if stopped:
+                rounds, accuracies = max(stopped, key=lambda evaluated: evaluated[0][-1])
+                self.last_round, self._accuracy = rounds[-1], max(accuracies)
 
     def __str__(self) -> str:
-        if self.run is None:
+        if self.last_round is None:
             return "not run"
         if self.rounds is None:
-            return f"not in {self.last_round} rounds ({self._accuracy:.4f})"
+            stopped = "stopped: " if self.run is None else ""
+            return f"{stopped}not in {self.last_round} rounds ({self._accuracy:.4f})"
         return f"{self.rounds:.1f}"
 
 
