@@ -214,6 +214,15 @@ def test_run_that_was_stopped_counts_for_the_targets_that_it_has_reached(tmp_pat
     assert row[2:5] == ["31000", "stopped: not in 20000 rounds (0.8100)", ""]
 
 
+def test_run_under_way_is_not_said_to_be_without_a_target_that_it_has_passed(tmp_path):
+    grid = next(grid for grid in plan.table(3) if grid.cell.algorithm == "sgd")
+    run = grid.run(0.15)
+    record(tmp_path, run, [(0, 0.1, ""), (16000, 0.79, ""), (20000, 0.81, "")], ended="cap")
+    (run.directory(tmp_path) / "outcome.json").unlink()
+    report.write(tmp_path)
+    assert "| sgd | B = 100 | 18000 → not run | 31000 → > 20000 | 99000 → > 20000 |" in lines(tmp_path)
+
+
 def test_report_without_runs_says_so(tmp_path):
     report.write(tmp_path)
     assert "Tables 1 to 4: not run" in lines(tmp_path)

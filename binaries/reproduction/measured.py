@@ -17,8 +17,8 @@ class Measured:
       runs: The finished runs.
       run: The best one; None if there is none.
       rounds: Its rounds to the target; None if it did not reach it.
-      last_round: Its last round; without a finished run, that of the longest which was stopped before; None if nothing
-        was run.
+      last_round: Its last round; without a finished run, that of the longest which was stopped without the target; None
+        if nothing was run.
       complete: Whether the grid has been run to its end.
     """
 
@@ -28,18 +28,20 @@ class Measured:
         self.complete = not wanted
         self.run = self.rounds = self.last_round = None
         self._best = ()
+        target = learning_curve.Target(row.target)
         for run in self.runs:
             rounds, accuracies = evaluations(run, results_dir)
-            reached = learning_curve.Target(row.target).rounds(rounds, accuracies)
+            reached = target.rounds(rounds, accuracies)
             rank = (1, -max(accuracies)) if reached is None else (0, reached)
             if self.run is None or rank < self._best:
                 self.run, self.rounds, self._best = run, reached, rank
                 self.last_round, self._accuracy = rounds[-1], max(accuracies)
         if self.run is None:
-            stopped = [evaluated for run in wanted if (evaluated := evaluations(run, results_dir))[0]]
-            if stopped:
-                rounds, accuracies = max(stopped, key=lambda evaluated: evaluated[0][-1])
-                self.last_round, self._accuracy = rounds[-1], max(accuracies)
+            for run in wanted:
+                rounds, accuracies = evaluations(run, results_dir)
+                # One that is still under way, or was killed, may have reached this target of several.
+                if rounds and rounds[-1] > (self.last_round or 0) and not target.is_reached(max(accuracies)):
+                    self.last_round, self._accuracy = rounds[-1], max(accuracies)
 
     def __str__(self) -> str:
         if self.last_round is None:
