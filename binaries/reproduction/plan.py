@@ -237,7 +237,7 @@ def figures(shrunk: bool = False) -> Mapping[int, Figure]:
                 Curve(
                     "cifar_cnn",
                     f"{label} eta={rate}",
-                    dataclasses.replace(_table_grid(cell), rates=(rate,), rounds=3000, target=None),
+                    _table_run(cell, rate, 3000),
                 )
                 for label, cell in (
                     ("FedAvg", Cell("cifar_cnn", "iid", "fedavg", 0.1, 5, 50)),
@@ -273,11 +273,7 @@ def figures(shrunk: bool = False) -> Mapping[int, Figure]:
             accuracy,
             (
                 *(_gradient_curve(*setting) for setting in _FIGURE_9),
-                Curve(
-                    "cifar_cnn",
-                    "SGD eta=0.15",
-                    dataclasses.replace(_table_grid(_CIFAR_SGD), rounds=300_000, target=None),
-                ),
+                Curve("cifar_cnn", "SGD eta=0.15", _table_run(_CIFAR_SGD, 0.15, 300_000)),
             ),
             x_label="minibatch gradient computations",
         ),
@@ -372,6 +368,11 @@ def _table_grid(cell: Cell) -> Grid:
     centre = _CENTRES[cell.task, cell.B]
     rates = (centre, _neighbour(centre, -2), _neighbour(centre, 2))
     return Grid(cell, rates, extends=True, eval_every=0, **limits)
+
+
+def _table_run(cell: Cell, rate: float, rounds: int) -> Grid:
+    """Returns the run of a cell of the tables at one rate, beyond the tables' targets."""
+    return dataclasses.replace(_table_grid(cell), rates=(rate,), rounds=rounds, target=None)
 
 
 def _in_small(grids: Collection[Grid]) -> dict[Grid, Grid]:
