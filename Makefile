@@ -16,6 +16,8 @@ export UV_CACHE_DIR ?= $(CURDIR)/.uv/cache
 export UV_PYTHON_INSTALL_DIR ?= $(CURDIR)/.uv/python
 # Colab's constraints are those of its own Python.
 unexport PIP_CONSTRAINT UV_CONSTRAINT UV_BUILD_CONSTRAINT
+# Images for containers often set it: each program would compile all that it imports anew, which takes 6 of 10 seconds.
+unexport PYTHONDONTWRITEBYTECODE
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 PYTHON := .venv/bin/python
 PEERS := pytorch fedjax flower
