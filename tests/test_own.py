@@ -1,7 +1,9 @@
 """Tasks of one's own: found by name, called with what they take, checked; and the one in the documentation."""
 
 import dataclasses
+import os
 import re
+import sys
 import traceback
 
 import numpy as np
@@ -47,9 +49,11 @@ def test_a_task_is_built_by_the_function_of_a_module(write, tmp_path, monkeypatc
     assert isinstance(tasks.build_task("my_package.my_task:build"), tasks.Task)
 
 
-def test_a_file_is_read_anew_and_hides_no_module(write):
+def test_a_file_is_read_anew_and_hides_no_module(write, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     for name in ("one", "two"):
         path = write(f"def build(): return tasks.Task(**{{**vars(make()), 'name': {name!r}}})", "mnist.py")
+        os.utime(path, (1, 1))
         assert tasks.build_task(path).name == name
     assert tasks.build_task("mnist_2nn", data="embedded").name == "mnist_2nn"
 
