@@ -23,6 +23,8 @@ _VERSION = flags.DEFINE_boolean("version", False, "Shows the version.")
 
 _FAILED = 2
 _FLAGS_OF_ALL = "--verbosity=1 shows TensorFlow's messages, and tracebacks; --flagfile=FILE reads flags from a file."
+# Of new objects, for Python to look for garbage: with its own 700 that is a fifth of the import of TensorFlow and TFF.
+OBJECTS_BETWEEN_COLLECTIONS = 10_000
 # TensorFlow's lines before that of the error itself.
 _PREAMBLE = re.compile(r"\s*$|Graph execution error:|Detected at |Node: |\s+File ")
 # How messages begin that TensorFlow makes of what a model's own code raises: they, too, are of many lines.
@@ -57,6 +59,7 @@ def run(name: str, main: Callable[..., None], *, takes: str | None = None) -> No
         is for the user.
       takes: What the arguments are that are no flags, if there are to be any: `main` gets a list of them.
     """
+    gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
     try:
         signals.catch()
         _run(main, takes)

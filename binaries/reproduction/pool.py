@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from binaries.command_line import signals
-from binaries.command_line.program import first_line
+from binaries.command_line.program import OBJECTS_BETWEEN_COLLECTIONS, first_line
 
 # TensorFlow and TFF keep some 30 MB of each run in memory: a process is replaced after so many of them.
 _JOBS_PER_PROCESS = 20
@@ -147,6 +147,7 @@ def _end(processes: Sequence[multiprocessing.Process]) -> None:
 def _work(connection: multiprocessing.connection.Connection, core: int) -> None:
     """Runs in a process of the pool."""
     os.sched_setaffinity(0, {core})
+    gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
     signals.catch()
     signals.end_with_parent()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
