@@ -177,16 +177,6 @@ def test_run_leaves_all_that_the_readme_names(finished_run):
     assert all(int(row["client_work/train/num_examples"]) == 400 for row in rows[1:])
 
 
-def test_finished_run_started_again_only_reports_its_outcome(finished_run):
-    run_dir, first = finished_run
-    rows = metrics(run_dir)
-    again = train(run_dir, *FLAGS)
-    assert again.returncode == 0
-    assert again.stdout.splitlines()[1].startswith("going on after round 40 of the run in")
-    assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
-    assert metrics(run_dir) == rows
-
-
 def test_a_run_is_made_again_from_its_configuration_and_flags_come_first(finished_run):
     run_dir, _ = finished_run
     again = run_dir.parent / "again"
@@ -209,12 +199,13 @@ def test_another_flag_for_the_same_run_directory_is_refused_by_name(finished_run
 
 def test_run_directory_alone_goes_on_with_its_run_and_what_is_given_has_to_agree(finished_run):
     run_dir, first = finished_run
-    flags = ["--data=embedded", f"--cache_dir={run_dir.parent}/cache", f"--run_dir={run_dir}"]
-    program = [sys.executable, "-m", "binaries.train", *flags]
-    again = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert again.stdout.splitlines()[0] == first.stdout.splitlines()[0]
-    assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
-    other = subprocess.run([*program, "--algorithm=fedsgd"], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    rows = metrics(run_dir)
+    again = train(run_dir)
+    lines = again.stdout.splitlines()
+    assert (again.returncode, again.stderr, metrics(run_dir)) == (0, "", rows)
+    assert lines[1].startswith("going on after round 40 of the run in")
+    assert [lines[0], lines[-1]] == [first.stdout.splitlines()[0], first.stdout.splitlines()[-1]]
+    other = train(run_dir, "--algorithm=fedsgd")
     assert (other.returncode, other.stdout) == (2, "")
     assert "holds a run with --algorithm=fedavg, not fedsgd: give another run_dir" in other.stderr
 
