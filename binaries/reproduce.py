@@ -51,8 +51,8 @@ _REPORT = flags.DEFINE_boolean("report", False, "Writes RESULTS.md and its pictu
 _QUICK = flags.DEFINE_boolean(
     "quick",
     False,
-    "Everything in a small form, on data that come with the packages: shows in minutes that it runs. The results go "
-    "into --results_dir, by default results-quick.",
+    "A small form, on data that come with the packages: shows in minutes that it runs. The results go into "
+    "--results_dir, by default results-quick.",
 )
 _RESULTS_DIR = flags.DEFINE_string("results_dir", None, "Where the results are; by default results.")
 
@@ -108,7 +108,7 @@ def _is_asked_for(*names: str) -> bool:
 
 def _listing(panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pathlib.Path) -> list[str]:
     """Returns a line for each panel of Figure 1 and for each grid."""
-    layout = "{:<52} {:<34} {:>9} {:>9} {:>9}"
+    layout = "{:<52} {:<50} {:>9} {:>9} {:>9}"
     lines = [layout.format("cell", "state", "rounds", "seconds", "left")]
     for panel in panels:
         state = "done" if figure_1.read(results_dir, panel) else "not run"
@@ -117,14 +117,17 @@ def _listing(panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pat
     for grid in grids:
         done, wanted = grid.progress(results_dir)
         found = {run: run.outcome(results_dir) for run in done}
-        state, rounds = "not run", ""
+        states, rounds = [], ""
         if found:
             best = min(found, key=lambda run: grid.rank(found[run], run.learning_rate))
-            state = f"rates run: {len(found)}, best {best.learning_rate:g}" + ("" if wanted else ": done")
+            states.append(f"rates run: {len(found)}, best {best.learning_rate:g}" + ("" if wanted else ": done"))
             rounds = found[best]["rounds_to_target"]
             rounds = "-" if rounds is None else f"{rounds:.1f}"
+        if last_round := max((run.last_round(results_dir) for run in wanted), default=0):
+            states.append(f"one stopped in round {last_round}")
+        state = ", ".join(states) or "not run"
         seconds = f"{sum(outcome['training_seconds'] for outcome in found.values()):.0f}" if found else ""
-        left = plan.seconds_left(grid, wanted, outcomes)
+        left = plan.seconds_left(grid, results_dir, outcomes)
         lines.append(layout.format(_title(grid), state, rounds, seconds, "?" if left is None else f"{left:.0f}"))
     return lines
 

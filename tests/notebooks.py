@@ -320,7 +320,7 @@ def test_first_cell_tells_when_the_project_is_not_there(colab, tmp_path):
         assert content["evalue"] == f"{tmp_path} is not the project: PROJECT, above, has to say where it is"
 
 
-def test_jupyter_leaves_the_versions_as_they_are(tmp_path):
+def test_jupyter_leaves_the_versions_as_they_are():
     lines = (ROOT / "requirements.lock").read_text().splitlines()
     locked = {line for line in lines if "==" in line}
     command = [os.environ["UV"], "pip", "freeze", "--quiet", "--python", sys.executable]

@@ -323,7 +323,7 @@ def test_damaged_cache_is_prepared_anew_and_said_so(tmp_path, client_arrays, cap
     np.testing.assert_array_equal(dataset.load(3)["x"], client_arrays[3]["x"])
 
 
-def test_a_cache_in_which_another_file_is_in_the_way_is_refused_and_the_file_kept(tmp_path, client_arrays, capsys):
+def test_a_cache_in_which_another_file_is_in_the_way_is_refused_and_the_file_kept(tmp_path, client_arrays):
     directory = prepare(tmp_path, client_arrays).directory
     (directory / "examples.bin").write_bytes(b"damaged")
     (directory / "notes.txt").write_text("mine")

@@ -83,7 +83,7 @@ def test_plain_keras_measures_what_the_run_measured(short_run, test_set, exporte
     assert lines[2].endswith(f", accuracy {accuracies[-1]:.4f}")
 
 
-def test_what_is_there_is_replaced_only_when_that_is_asked_for(short_run, exported, tmp_path):
+def test_what_is_there_is_replaced_only_when_that_is_asked_for(short_run, exported):
     path, _ = exported
     refused = export_run(short_run, path)
     assert (refused.returncode, refused.stdout) == (2, "")

@@ -206,7 +206,7 @@ def test_losses_as_keras_takes_them(worker, arrays, dataset_of, loss):
     assert_step_is_kerass(worker, build, loss, dataset_of("x", "value"), arrays["x"], arrays["value"])
 
 
-def test_losses_of_single_examples_are_averaged(worker, arrays, dataset_of):
+def test_losses_of_single_examples_are_averaged(worker, dataset_of):
     dataset = dataset_of("x", "label")
     losses = [tf.keras.losses.SparseCategoricalCrossentropy(True, reduction=r) for r in ("none", "sum_over_batch_size")]
     tf.keras.utils.set_random_seed(1)
@@ -266,7 +266,7 @@ def test_random_layers_are_a_function_of_the_seed_the_round_and_the_client(worke
         assert max_difference(same, other) > 1e-3
 
 
-def test_dropout_leaves_out_the_share_it_is_told_to(worker, arrays):
+def test_dropout_leaves_out_the_share_it_is_told_to(worker):
     """The model's only weight is the factor on its input: the loss says how much of that is left, or twice as much."""
     n = 4000
     x = layers.Input([1])
@@ -370,7 +370,7 @@ def test_metrics_of_a_regression_are_those_of_keras(worker, arrays, dataset_of):
 
 
 @pytest.mark.parametrize(("units", "loss"), [(3, SPARSE), (1, tf.keras.losses.BinaryCrossentropy(from_logits=True))])
-def test_accuracy_and_auc_are_those_of_keras(worker, arrays, dataset_of, units, loss):
+def test_accuracy_and_auc_are_those_of_keras(worker, arrays, units, loss):
     model = sequential(units=units)
     metrics = {"accuracy": "accuracy"}
     if units == 1:

@@ -44,6 +44,14 @@ def record(results_dir, run, rounds_to_target, *, ended="target", best_accuracy=
     write_outcome(directory, outcome, "metrics.csv")
 
 
+def stop(results_dir, run, rounds):
+    """Leaves a run as if it had been stopped."""
+    directory = run.directory(results_dir)
+    directory.mkdir(parents=True)
+    rows = [f"{t},{0.5 if t == 0 else ''}" for t in range(rounds + 1)]
+    (directory / "metrics.csv").write_text("\n".join(["round_num,evaluation/accuracy", *rows, ""]))
+
+
 def all_runs():
     grids = [grid for number in (1, 2, 3, 4) for grid in plan.table(number)]
     grids += [curve.grid for figure in plan.figures().values() for curve in figure.curves]
@@ -144,13 +152,17 @@ def test_run_that_stopped_early_is_wanted_again_for_more_rounds(tmp_path):
     assert 0.1 in [run.learning_rate for run in grid.progress(tmp_path)[1]]
 
 
-def test_seconds_left_follow_the_clients_and_the_local_epochs(tmp_path):
+def test_seconds_left_follow_the_clients_the_local_epochs_and_what_was_run(tmp_path):
     grid = grid_of(CELL, 1)
-    assert plan.seconds_left(grid, [grid.run(0.1)], plan.outcomes(tmp_path)) is None
+    assert plan.seconds_left(grid, tmp_path, plan.outcomes(tmp_path)) is None
     record(tmp_path, grid.run(0.1), 50)  # 0.02 s a round.
     other = grid_of(Cell("mnist_2nn", "iid", "fedavg", 0.2, 1, 10), 1)
-    left = plan.seconds_left(other, [other.run(0.1), other.run(0.215)], plan.outcomes(tmp_path))
-    assert left == pytest.approx(2 * 77 * 0.02 * 2, rel=0.01)  # Two rates, the paper's 77 rounds, twice the clients.
+    # Three rates, the paper's 77 rounds, twice the clients.
+    assert plan.seconds_left(other, tmp_path, plan.outcomes(tmp_path)) == pytest.approx(3 * 77 * 0.02 * 2, rel=0.01)
+    stop(tmp_path, other.run(0.1), 40)
+    stop(tmp_path, other.run(0.215), 100)  # Of 116 at most.
+    left = plan.seconds_left(other, tmp_path, plan.outcomes(tmp_path))
+    assert left == pytest.approx((77 + 37 + 16) * 0.02 * 2, rel=0.01)
 
 
 def test_what_takes_least_is_run_first_and_what_is_not_known_last(tmp_path):
@@ -251,6 +263,7 @@ def test_list_shows_the_state_of_each_cell(tmp_path):
     grid = grid_of(CELL, 1)
     for rate, rounds in ((0.1, 50), (0.0464, 70), (0.215, 60)):
         record(tmp_path, grid.run(rate), rounds)
+    stop(tmp_path, grid_of(Cell("mnist_2nn", "pathological", "fedavg", 0.1, 20, 10), 4).run(0.1), 7)
     result = reproduce("--list", "--table=4", "--rows=mnist_2nn-iid-C0.1-E?-B10,*-E20-B10", f"--results_dir={tmp_path}")
     assert (result.returncode, result.stderr) == (0, "")
     header, *lines = result.stdout.splitlines()
@@ -262,6 +275,7 @@ def test_list_shows_the_state_of_each_cell(tmp_path):
     ]
     assert " ".join(lines[0].split()[1:]) == "rates run: 3, best 0.1: done 50.0 3 0"
     assert lines[1].split()[1:3] == ["not", "run"]
+    assert " one stopped in round 7 " in lines[2]
 
 
 def test_rows_are_the_names_that_the_list_shows_or_those_of_cells(tmp_path):

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str):
-        """Imports TFF, which takes ten seconds, with the first name that needs it: to read results does not."""
+        """Imports TFF, which takes four seconds, with the first name that needs it: to read results does not."""
         if name == "__version__":
             from importlib import metadata  # Takes longer than all else here.
 

@@ -45,8 +45,6 @@ _PREPARING = ".preparing-"
 Batch = tuple[Any, ...]
 PreprocessFn = Callable[[Mapping[str, tf.Tensor], tf.Tensor], Batch | Mapping[str, Any]]
 
-_PARTS_OF_A_BATCH = ("x", "y", "sample_weight")
-
 
 class DamagedFilesError(ValueError):
     """The client files of a directory are missing, or are not what was written."""
@@ -448,7 +446,7 @@ def _as_they_are(example: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
 def _with_model_columns(clients: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     """Yields the clients, after a look at the first one's columns."""
     for k, client in enumerate(clients):
-        if k == 0 and isinstance(client, Mapping) and not {"x", "y"} <= client.keys() <= {*_PARTS_OF_A_BATCH}:
+        if k == 0 and isinstance(client, Mapping) and not {"x", "y"} <= client.keys() <= {*columns.PARTS_OF_A_BATCH}:
             raise ValueError(
                 "preprocess_fn is missing: without it the columns are 'x', 'y' and, if need be, 'sample_weight'; "
                 f"here they are {columns.listed(client)}"
@@ -469,8 +467,8 @@ def _trace(preprocess_fn: PreprocessFn, element_spec: Mapping[str, tf.TensorSpec
 
     def preprocess(features, seed):
         batch = preprocess_fn(features, seed) if takes_seed else preprocess_fn(features)
-        if isinstance(batch, Mapping) and {"x", "y"} <= batch.keys() <= {*_PARTS_OF_A_BATCH}:
-            batch = tuple(batch[name] for name in _PARTS_OF_A_BATCH if name in batch)
+        if isinstance(batch, Mapping) and {"x", "y"} <= batch.keys() <= {*columns.PARTS_OF_A_BATCH}:
+            batch = tuple(batch[name] for name in columns.PARTS_OF_A_BATCH if name in batch)
         if not isinstance(batch, (tuple, list)) or not 2 <= len(batch) <= 3:
             raise ValueError(
                 f"it must return (x, y) or (x, y, sample_weight), or a mapping of these, but got {batch!r}"

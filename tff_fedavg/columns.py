@@ -29,8 +29,8 @@ _HINTS = {
     "O": "make it an array of numbers, with no value missing and examples of one shape",
 }
 
-# The parts of an element that is a tuple.
-_PARTS = ("x", "y", "sample_weight")
+# Of a batch, or an element, that is a tuple.
+PARTS_OF_A_BATCH = ("x", "y", "sample_weight")
 
 _READ_AT_ONCE = 1024
 
@@ -147,8 +147,8 @@ def _names_of_parts(structure: Any) -> dict[str, Any]:
     """Returns the key, in an element, of each column."""
     if isinstance(structure, Mapping):
         names = {name: name for name in structure}
-    elif isinstance(structure, tuple) and len(structure) <= len(_PARTS):
-        names = {name: i for i, name in enumerate(_PARTS[: len(structure)])}
+    elif isinstance(structure, tuple) and len(structure) <= len(PARTS_OF_A_BATCH):
+        names = {name: i for i, name in enumerate(PARTS_OF_A_BATCH[: len(structure)])}
     else:
         names = {}
     if not names or not all(isinstance(structure[key], tf.TensorSpec) for key in names.values()):

@@ -13,7 +13,7 @@ both sums, and counted.
 
 What TFF calls a client is, for the paper's average, a share of S_t: as many shares as there are cores, each of which
 runs its clients one after another and sends up the sums of n_k d_k and of n_k. So a round takes the memory of a few
-updates and not of all, and as long for each client whatever their number. Another aggregator gets each client's update.
+updates and not of all, and with more clients no longer for each. Another aggregator gets each client's update.
 """
 
 import collections

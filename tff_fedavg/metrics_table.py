@@ -1,4 +1,4 @@
-"""metrics.csv of a run: a row per round, a column per metric.
+"""metrics.csv of a run: a row per round, or per some updates of SGD; a column per metric.
 
 Not written by TFF's `CSVFileReleaseManager`, which reads and writes the whole table in every round.
 """

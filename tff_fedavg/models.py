@@ -60,7 +60,7 @@ def char_lstm() -> tf.keras.Model:
 
     The paper does not say how it initialised. The embeddings start in [-1, 1]: from Keras's default, [-0.05, 0.05], SGD
     with rate 1.47 stays where the model knows the frequencies of the characters only for more than 1,000 steps of 10
-    lines; from here it leaves that plateau after 500 (Figure 3 has it behind by round 5 at E = 5).
+    lines; from here it leaves that plateau after 500 (in Figure 3 at E = 5 by round 5 by role, after 10 on IID lines).
     """
     return tf.keras.Sequential(
         [

@@ -15,7 +15,8 @@ from binaries.experiment import Experiment
 from binaries.reproduction import published
 from binaries.reproduction.outcome import read_outcome
 from binaries.reproduction.published import Cell
-from tff_fedavg import learning_curve
+from tff_fedavg import learning_curve, run_directory
+from tff_fedavg.metrics_table import ROUND_FIELD
 
 _CAP = 1.5  # Rounds of a run at most, in multiples of the paper's.
 
@@ -41,7 +42,7 @@ _CIFAR_RATES = {"fedavg": (0.15, 0.05, 0.25), "fedsgd": (0.45, 0.6, 0.7), "sgd":
 _CIFAR_DECAY = {"fedavg": (0.99, 10), "fedsgd": (0.9934, 10), "sgd": (0.9934, 500)}
 _CIFAR_EVAL_EVERY = {"fedavg": 10, "fedsgd": 50, "sgd": 500}  # As the points of Figures 4 and 9, FedAvg's first ones.
 _BATCHES_PER_EPOCH = 10  # Of a CIFAR-10 client, at B = 50 (Figure 9).
-_CIFAR_SGD = Cell("cifar_cnn", "iid", "sgd", None, None, 100)  # Figure 9's too: with B = 50 it stays below (docs).
+_CIFAR_SGD = Cell("cifar_cnn", "iid", "sgd", None, None, 100)  # Figure 9's too (docs).
 
 # 200 authors a round, of the 342,477 of Stack Overflow, which stand for the paper's private posts (Section 3).
 _WORD_LSTM_C = 200 / 342_477
@@ -137,6 +138,14 @@ class Run:
         training_seconds and date.
         """
         return read_outcome(self.directory(results_dir))
+
+    def last_round(self, results_dir: pathlib.Path) -> int:
+        """Returns the round from which the run goes on; 0 if it has not begun."""
+        try:
+            metrics = run_directory.read_metrics(self.directory(results_dir))
+        except ValueError:  # It is told when the run is to go on.
+            return 0
+        return int(metrics[-1][ROUND_FIELD]) if metrics else 0
 
     @property
     def experiment(self) -> Experiment:
@@ -307,13 +316,14 @@ def outcomes(results_dir: pathlib.Path) -> dict[Cell, list[Mapping[str, Any]]]:
 
 
 def seconds_left(
-    grid: Grid, wanted: Collection[Run], outcomes: Mapping[Cell, Collection[Mapping[str, Any]]]
+    grid: Grid, results_dir: pathlib.Path, outcomes: Mapping[Cell, Collection[Mapping[str, Any]]]
 ) -> float | None:
-    """Returns how long the training of the wanted runs takes on one core, to the paper's rounds; None if not known.
+    """Returns how long the training takes on one core that the grid still wants; None if that is not known.
 
-    A round takes what it took in other runs of the cell; else of a cell with the same task and B, in proportion to E
-    and to the clients of a round.
+    A run is expected to take the paper's rounds; beyond them, all that it may. A round takes what it took in other runs
+    of the cell; else of a cell with the same task and B, in proportion to E and to the clients of a round.
     """
+    _, wanted = grid.progress(results_dir)
     if not wanted:
         return 0.0
     alike = (
@@ -327,8 +337,9 @@ def seconds_left(
     ]
     if not seconds:
         return None
-    rounds = grid.rounds if grid.target is None else grid.rounds / _CAP
-    return statistics.median(seconds) * rounds * len(wanted)
+    expected = grid.rounds if grid.target is None else grid.rounds / _CAP
+    so_far = [run.last_round(results_dir) for run in wanted]
+    return statistics.median(seconds) * sum((expected if n < expected else grid.rounds) - n for n in so_far)
 
 
 def cheapest_first(grids: Collection[Grid], results_dir: pathlib.Path) -> list[Grid]:
@@ -336,7 +347,7 @@ def cheapest_first(grids: Collection[Grid], results_dir: pathlib.Path) -> list[G
     found = outcomes(results_dir)
 
     def seconds(grid: Grid) -> float:
-        left = seconds_left(grid, grid.progress(results_dir)[1], found)
+        left = seconds_left(grid, results_dir, found)
         return math.inf if left is None else left
 
     return sorted(grids, key=seconds)

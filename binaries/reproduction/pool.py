@@ -1,7 +1,7 @@
 """One long-lived process per core, each of which takes one job after another.
 
 A run per core is faster than one run on all cores, where those that have finished a round's clients wait for the rest;
-and TFF, which takes ten seconds to import, is not imported for each of them.
+and TFF, which takes four seconds to import, is not imported for each of them.
 """
 
 import dataclasses

@@ -37,9 +37,9 @@ Written by `python -m binaries.reproduce --report` from the files in `runs/`; no
 
 "Here" is the number of communication rounds to the target test accuracy, by the paper's measure (the best accuracy so
 far, interpolated between evaluations, which are in the rounds of its figures), at the best rate of a grid of resolution
-10^(1/3); one seed. A speed-up is over the first row of its column. Ratios that are off by more than 25 % are **bold**,
-and explained or said to be open; the paper's own repeats of the same cell differ by up to that, and once by a factor of
-2 (Tables 1 and 2)."""
+10^(1/3), for CIFAR-10 of the rates of Figures 4 and 9 (SGD: the only one); one seed. A speed-up is over the first row
+of its column. Ratios that are off by more than 25 % are **bold**, and explained or said to be open; the paper's own
+repeats of the same cell differ by up to that, and once by a factor of 2 (Tables 1 and 2)."""
 
 _SHRUNK = "**These are trials of a few seconds on small data, not results.**"
 
