@@ -6,6 +6,7 @@ Prints the table, and leaves it in --output_dir as comparison.md beside comparis
 """
 
 import dataclasses
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -108,6 +109,9 @@ def _target(runs: Sequence[_Run]) -> Target:
     if not metrics and len(values) == 1 and not values & {None, 1.0}:  # As an accuracy, 1 is for none.
         return dataclasses.replace(target, value=values.pop())
     best = [target.best(run.curve(_ROUNDS, target)[1]) for run in runs]
+    for run, value in zip(runs, best):
+        if math.isnan(value):
+            raise ValueError(f"{run.name} has no {target.metric} that is a number: leave it out")
     return dataclasses.replace(target, value=(max if target.lower_is_better else min)(best))
 
 

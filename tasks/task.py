@@ -76,6 +76,7 @@ class Task:
 
     Raises:
       TypeError: If one of them is of another type.
+      ValueError: If there are no examples to train or to test on.
     """
 
     name: str
@@ -116,6 +117,9 @@ class Task:
         for field, (is_right, what) in takes.items():
             if not is_right:
                 raise TypeError(f"{field} of the task is {getattr(self, field)!r}; it must be {what}")
+        for field in ("train", "test"):
+            if not getattr(self, field).num_examples.sum():
+                raise ValueError(f"{field} of the task {self.name} has no examples")
 
     def build_model(self, seed: int) -> tff.learning.models.FunctionalModel:
         """Builds the model with initial weights w_0 drawn from `seed` (sets the global seeds of Keras on the way).

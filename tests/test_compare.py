@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 import time
@@ -150,12 +151,14 @@ def test_runs_with_several_aims_are_compared_by_their_loss(tmp_path, monkeypatch
         (["{}"], "holds no run"),
         (["{}/runs/a", "{}/runs/empty"], "runs/empty has no metrics yet"),
         (["{}/runs/a", "--x=bytes"], "--x=bytes"),
+        (["{}/runs/a", "{}/runs/nan"], "nan has no accuracy that is a number: leave it out"),
         (["{}/runs/a"] * 29, "29 runs are given: take 28 at most"),
     ],
 )
 def test_bad_input_gets_one_line_at_once(runs, tmp_path, arguments, message):
     record(tmp_path / "runs" / "empty", [])
     (tmp_path / "runs" / "empty" / "metrics.csv").unlink()
+    record(tmp_path / "runs" / "nan", [(0, 3.0, math.nan)], ["round_num", "evaluation/loss", "evaluation/accuracy"])
     started = time.monotonic()
     result, _, errors = run_program(*(argument.format(tmp_path) for argument in arguments))
     assert time.monotonic() - started < 3

@@ -94,6 +94,30 @@ class Subclassed(tf.keras.Model):
         return self.parts["b"](hidden)
 
 
+class OwnStep(tf.keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(3)
+
+    def call(self, x):
+        return self.dense(x)
+
+    def train_step(self, data):
+        return {"loss": 0.0}
+
+
+class OwnLoss(OwnStep):
+    train_step = tf.keras.Model.train_step
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        return 100.0 * tf.reduce_mean(y_pred)
+
+
+def two_outputs():
+    x = layers.Input([4])
+    return tf.keras.Model(x, [layers.Dense(3)(x), layers.Dense(3)(x)])
+
+
 class Halving(layers.Layer):
     """Its `call` is a `tf.function` with a loop and a condition, which read a weight."""
 
@@ -312,6 +336,16 @@ def absolute_in_python(x):
             lambda: tf.keras.Sequential([layers.InputLayer([5]), layers.Dense(3)]),
             "the model fails: ValueError: .*shape",
         ),
+        (
+            lambda: sequential(layers.Dense(4, kernel_constraint="non_neg")),
+            "dense.*/kernel:0 has the constraint NonNeg, which the average of weights that meet it need not meet",
+        ),
+        (OwnStep, "OwnStep has a train_step of its own, which would not be called"),
+        (OwnLoss, "OwnLoss has a compute_loss of its own, which would not be called"),
+        (
+            two_outputs,
+            r"the model has 2 outputs, and Keras's losses are for one: give a function of",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_trained_is_refused_in_one_line(dataset_of, build, message):
@@ -334,6 +368,26 @@ def test_arguments_of_another_type_are_told(dataset_of, arguments, message):
         functional_model_from_keras(*arguments, dataset_of("x", "label").batch_spec)
 
 
+class ShareAbove(tf.keras.metrics.Metric):
+    """Does not say in its configuration what it was made with."""
+
+    def __init__(self, threshold=0.5, name="share", **kwargs):
+        super().__init__(name=name, **kwargs)
+        self.threshold = threshold
+        self.mean = self.add_weight("mean", initializer="zeros")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.mean.assign(tf.reduce_mean(tf.cast(y_pred > self.threshold, tf.float32)))
+
+    def result(self):
+        return self.mean
+
+
+class Vector(ShareAbove):
+    def result(self):
+        return tf.stack([self.mean, self.mean])
+
+
 @pytest.mark.parametrize(
     ("metrics", "error", "message"),
     [
@@ -341,6 +395,17 @@ def test_arguments_of_another_type_are_told(dataset_of, arguments, message):
         ("accuracy", TypeError, "metrics is 'accuracy'; it must be a list"),
         ([3], TypeError, "a metric is 3; it must be a Keras metric"),
         (["mse", tf.keras.metrics.MeanSquaredError("mse")], ValueError, "several metrics have the same name"),
+        (
+            [ShareAbove(-100.0)],
+            ValueError,
+            "'share' cannot be made anew: get_config of ShareAbove lacks threshold",
+        ),
+        (
+            ["mse", tf.keras.metrics.R2Score()],
+            ValueError,
+            "TFF can make no function of the metric 'r2_score' ",
+        ),
+        ({"a": Vector}, ValueError, "TFF can make no function of the metric 'a' .*, and to be one number"),
     ],
 )
 def test_metrics_that_are_none_are_told(dataset_of, metrics, error, message):
@@ -357,6 +422,39 @@ def evaluate(worker, model, loss, dataset, metrics):
     functional = functional_model_from_keras(model, loss, dataset.batch_spec, metrics)
     process = build_fed_avg(functional, dataset, epochs=1, batch_size=5, learning_rate=RATE)
     return build_fed_eval(functional, dataset, batch_size=5)(process.initialize().global_model_weights, [0])
+
+
+def test_metrics_of_outputs_with_a_mask_are_those_of_keras(worker):
+    """Keras gives the mask of padded texts to losses and metrics."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, 10, [12, 6]).astype(np.int32)
+    ids[np.arange(6) >= rng.integers(1, 6, [12, 1])] = 0
+    labels = rng.integers(3, size=[12, 6]).astype(np.int32)
+    model = tf.keras.Sequential([layers.InputLayer([6]), layers.Embedding(10, 4, mask_zero=True), layers.Dense(3)])
+    dataset = ClientDataset.from_arrays([{"x": ids, "y": labels}])
+    functional = functional_model_from_keras(
+        model, SPARSE, dataset.batch_spec, ["accuracy", tf.keras.metrics.SparseTopKCategoricalAccuracy(2, name="top")]
+    )
+    process = build_fed_avg(functional, dataset, epochs=1, batch_size=None, learning_rate=RATE)
+    weights = process.initialize().global_model_weights
+    found = build_fed_eval(functional, dataset)(weights, [0])
+    model.compile(loss=SPARSE, metrics=["accuracy", tf.keras.metrics.SparseTopKCategoricalAccuracy(2, name="top")])
+    expected = model.evaluate(ids, labels, batch_size=12, verbose=0, return_dict=True)
+    assert dict(found) == pytest.approx(expected, rel=1e-5)
+    unmasked = tf.keras.metrics.SparseCategoricalAccuracy()
+    assert expected["accuracy"] != pytest.approx(float(unmasked(labels, model.predict(ids, verbose=0))), rel=0.01)
+
+
+def test_a_function_is_a_metric_as_in_keras(worker, arrays, dataset_of):
+    dataset = dataset_of("x", "value")
+    metrics = {"deviation": lambda y_true, y_pred: tf.abs(y_true - y_pred) ** 1.5}
+    functional = functional_model_from_keras(sequential(units=1), "mse", dataset.batch_spec, metrics)
+    process = build_fed_avg(functional, dataset, epochs=1, batch_size=None, learning_rate=RATE)
+    weights = process.initialize().global_model_weights
+    kernel, bias = weights.trainable
+    outputs = (arrays["x"] @ kernel + bias)[:, 0]
+    found = build_fed_eval(functional, dataset)(weights, [0])["deviation"]
+    assert found == pytest.approx(np.mean(np.abs(arrays["value"] - outputs) ** 1.5), rel=1e-5)
 
 
 def test_metrics_of_a_regression_are_those_of_keras(worker, arrays, dataset_of):

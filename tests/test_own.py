@@ -187,6 +187,13 @@ def test_a_task_is_checked_when_it_is_made(task, field, value):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("field", ["train", "test"])
+def test_a_task_without_examples_is_refused(task, field):
+    nothing = tff_fedavg.ClientDataset.from_arrays([{"x": np.zeros([0, 9], np.float32), "y": np.zeros(0, np.float32)}])
+    with pytest.raises(ValueError, match=f"^{field} of the task auto_mpg has no examples$"):
+        dataclasses.replace(task, **{field: nothing})
+
+
 @pytest.mark.parametrize("value", ["0.9", True, float("nan"), float("inf")])
 def test_a_target_is_a_number(value):
     with pytest.raises(ValueError, match="the target is .*; it must be a number"):

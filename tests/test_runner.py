@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from binaries.command_line.progress import ProgressPrinter
 from binaries.experiment import Experiment, runner
 from binaries.experiment.observer import Observer
 from tff_fedavg.metrics_table import read_metrics
@@ -129,6 +130,28 @@ def test_the_outcome_says_what_was_sent_and_how_private_it_is(tmp_path, settings
     outcome = runner.run(experiment, tmp_path / "run", cache_dir=tmp_path / "cache")
     assert re.search(expected, outcome), outcome
     assert Experiment.read(tmp_path / "run") == experiment
+
+
+def test_a_metric_that_is_no_number_is_shown_as_such_and_the_run_goes_to_its_end(tmp_path, capsys):
+    (tmp_path / "unknown.py").write_text(
+        """
+import numpy as np
+import tensorflow as tf
+import tasks
+from tff_fedavg import ClientDataset
+
+def build():
+    train = ClientDataset.from_arrays([{"x": np.ones([4, 2], "f"), "y": np.ones(4, "f")}])
+    test = ClientDataset.from_arrays([{"x": np.full([4, 2], np.nan, "f"), "y": np.ones(4, "f")}])
+    model = lambda: tf.keras.Sequential([tf.keras.layers.InputLayer([2]), tf.keras.layers.Dense(1)])
+    return tasks.Task(name="unknown", train=train, test=test, keras_model_fn=model, loss="mse", metrics={})
+"""
+    )
+    experiment = Experiment(task=str(tmp_path / "unknown.py"), learning_rate=0.1, client_fraction=1.0, rounds=2)
+    with ProgressPrinter(str(tmp_path / "run"), 2) as printer:
+        outcome = runner.run(experiment, tmp_path / "run", observer=printer)
+    assert outcome.startswith("2 rounds, best loss nan, ")
+    assert "round 2/2  loss nan (best nan)" in capsys.readouterr().out
 
 
 def test_the_loss_on_the_training_data_is_the_mean_over_all_examples(tmp_path):

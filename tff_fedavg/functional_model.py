@@ -6,16 +6,17 @@ layers add, and draws other random numbers in each run. Here the model is traced
 
 import collections
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_fedavg.traced import ChangedVariableError, TracedFunction
+from tff_fedavg.traced import ChangedVariableError, TracedFunction, first_error
 
 Loss = tf.keras.losses.Loss | Callable[[Any, Any], tf.Tensor] | str
-Metric = tf.keras.metrics.Metric | Callable[[], tf.keras.metrics.Metric] | str
+Metric = tf.keras.metrics.Metric | Callable[[], tf.keras.metrics.Metric] | Callable[[Any, Any], tf.Tensor] | str
 # Trainable and other weights, as in `tff.learning.models.ModelWeights`.
 Weights = tuple[Sequence[tf.Tensor], Sequence[tf.Tensor]]
 
@@ -36,8 +37,9 @@ def functional_model_from_keras(
       loss: l, a function of the labels and the outputs, as for `tf.keras.Model.compile`. If it returns the losses of
         the single examples, their mean is meant.
       input_spec: The specs of a batch: `client_dataset.batch_spec`. x may be any nest of tensors that the model takes.
-      metrics: What `build_fed_eval` computes, by name or as a list: metrics, functions that make them, or Keras's names
-        for them. If none is called "loss", that is the mean of l over the examples, without the added losses.
+      metrics: What `build_fed_eval` computes, by name or as a list: metrics, functions that make them, functions of the
+        labels and the outputs, whose mean is meant, or Keras's names for them. If none is called "loss", that is the
+        mean of l over the examples, without the added losses.
 
     Raises:
       TypeError: If an argument has another type.
@@ -60,10 +62,8 @@ class KerasFunctionalModel(tff.learning.models.FunctionalModel):
     def __init__(self, keras_model: tf.keras.Model, loss: Loss, input_spec: tuple[Any, ...], metrics: Any):
         x_spec, y_spec, *_ = input_spec
         build_weights(keras_model, x_spec)
-        _check_policy(keras_model)
         trainable, non_trainable = keras_model.trainable_variables, keras_model.non_trainable_variables
-        if not trainable:
-            raise ValueError("the model has no trainable weights")
+        _check_model(keras_model)
         loss_fn = _loss_fn(loss)
 
         def loss_and_gradient(batch, scale):
@@ -76,17 +76,23 @@ class KerasFunctionalModel(tff.learning.models.FunctionalModel):
             # A weight that the loss does not depend on stays as it is.
             return value, tape.gradient(scaled_value, trainable, unconnected_gradients=tf.UnconnectedGradients.ZERO)
 
+        def predict(x):
+            output = keras_model(x, training=False)
+            return [output, *_masks(output)]
+
         try:
             scale_spec = tf.TensorSpec([], tf.float32)
             variables = [*trainable, *non_trainable]
+            self._predict = TracedFunction("the model", predict, [x_spec], variables)
+            output_spec, *mask_spec = self._predict.output_spec
+            _check_loss(loss, output_spec)
             self._loss_and_gradient = TracedFunction(
                 "the model", loss_and_gradient, [input_spec, scale_spec], variables
             )
-            self._predict = TracedFunction("the model", lambda x: keras_model(x, training=False), [x_spec], variables)
         except ChangedVariableError as e:
             raise ValueError(_changed_in_training(keras_model, e)) from e
-        metrics_fns = tff.learning.metrics.create_functional_metric_fns(
-            _metric_constructors(metrics, loss_fn, self._predict.output_spec, y_spec)
+        metrics_fns = _metrics_fns(
+            _metric_constructors(metrics, loss_fn, output_spec, y_spec, mask_spec), output_spec, y_spec, mask_spec
         )
         super().__init__(
             initial_weights=tuple(tuple(v.numpy() for v in part) for part in (trainable, non_trainable)),
@@ -104,7 +110,10 @@ class KerasFunctionalModel(tff.learning.models.FunctionalModel):
                 "with tff.learning.models.functional_model_from_keras"
             )
         trainable, non_trainable = model_weights
-        return self._predict(x, variables=[*trainable, *non_trainable])
+        output, *mask = self._predict(x, variables=[*trainable, *non_trainable])
+        if mask:
+            (output._keras_mask,) = mask  # As Keras has it, for `update_metrics_state`.
+        return output
 
     def update_metrics_state(
         self,
@@ -114,7 +123,10 @@ class KerasFunctionalModel(tff.learning.models.FunctionalModel):
         sample_weight: tf.Tensor | None = None,
     ) -> Any:
         """As of any functional model; metrics are not weighted, as those of `tf.keras.Model.compile(metrics=...)`."""
-        labels = _with_rank_of(batch_output.predictions, labels)
+        output = batch_output.predictions
+        labels = _with_rank_of(output, labels)
+        if mask := _masks(output):
+            batch_output = tff.learning.models.BatchOutput(predictions=(output, *mask))
         return super().update_metrics_state(state, labels, batch_output, sample_weight)
 
     def loss_and_gradient(
@@ -141,13 +153,39 @@ def build_weights(keras_model: tf.keras.Model, x_spec: Any) -> None:
         keras_model(tf.nest.map_structure(lambda spec: tf.zeros([d or 1 for d in spec.shape], spec.dtype), x_spec))
 
 
-def _check_policy(keras_model: tf.keras.Model) -> None:
+def _check_model(keras_model: tf.keras.Model) -> None:
+    if not keras_model.trainable_variables:
+        raise ValueError("the model has no trainable weights")
     for layer in _layers(keras_model):
         if layer.dtype_policy.name == "mixed_float16":
             raise ValueError(
                 f"layer {layer.name!r} has the policy mixed_float16, whose gradients vanish without loss scaling: take "
                 "mixed_bfloat16 or float32"
             )
+    for v in keras_model.trainable_variables:
+        if v.constraint is not None:
+            raise ValueError(
+                f"{v.name} has the constraint {type(v.constraint).__name__}, which the average of weights that meet it "
+                "need not meet: leave it out"
+            )
+    for name in ("train_step", "compute_loss"):
+        if getattr(type(keras_model), name) is not getattr(tf.keras.Model, name):
+            raise ValueError(
+                f"{type(keras_model).__name__} has a {name} of its own, which would not be called: give what it "
+                "computes as the loss, or by add_loss"
+            )
+
+
+def _check_loss(loss: Loss, output_spec: Any) -> None:
+    if (isinstance(loss, str) or _is_of_keras(loss)) and not isinstance(output_spec, tf.TensorSpec):
+        raise ValueError(
+            f"the model has {len(tf.nest.flatten(output_spec))} outputs, and Keras's losses are for one: give a "
+            "function of (y_true, y_pred) that takes all of them"
+        )
+
+
+def _is_of_keras(loss_or_metric: Any) -> bool:
+    return str(getattr(loss_or_metric, "__module__", "")).startswith("keras.")
 
 
 def _layers(layer: tf.keras.layers.Layer) -> Iterator[tf.keras.layers.Layer]:
@@ -196,9 +234,60 @@ def _lacks_rank_of(output: Any, label: Any) -> bool:
     return None not in (output_shape, label_shape) and output_shape[1:] == [1] and label_shape.rank == 1
 
 
+def _masks(output: Any) -> list[tf.Tensor]:
+    """Returns the mask that Keras has put on the output of a model; none if it has none."""
+    masks = [getattr(each, "_keras_mask", None) for each in tf.nest.flatten(output)]
+    if len(masks) > 1 and any(mask is not None for mask in masks):
+        raise ValueError("one of several outputs has a mask, which metrics of all of them would not get")
+    return [mask for mask in masks if mask is not None]
+
+
+def _metrics_fns(
+    constructors: Mapping[str, Callable[[], tf.keras.metrics.Metric]], output_spec: Any, y_spec: Any, mask_spec: Any
+) -> tuple[Callable, Callable, Callable]:
+    """Returns TFF's functions of the metrics, which have been tried out.
+
+    Raises:
+      ValueError: If TFF cannot make functions of a metric, or it is not a number.
+    """
+    if _lacks_rank_of(output_spec, y_spec):
+        y_spec = tf.TensorSpec([None, 1], y_spec.dtype)
+    predictions_spec = (output_spec, *mask_spec) if mask_spec else output_spec
+
+    def build(constructors):
+        initialize, update, finalize = tff.learning.metrics.create_functional_metric_fns(constructors)
+
+        @tf.function(autograph=False)
+        def measure(labels, predictions):
+            output = tff.learning.models.BatchOutput(predictions=predictions)
+            return finalize(update(initialize(), labels, output))
+
+        for value in measure.get_concrete_function(y_spec, predictions_spec).structured_outputs.values():
+            if not (tf.is_tensor(value) and value.shape.rank == 0):
+                raise ValueError(f"its value is {value}, not a number")
+        return initialize, update, finalize
+
+    try:
+        return build(collections.OrderedDict(constructors))
+    except Exception:  # Of any kind: it may be somebody else's code.
+        for name, constructor in constructors.items():
+            try:
+                build(collections.OrderedDict({name: constructor}))
+            except Exception as e:
+                raise ValueError(
+                    f"TFF can make no function of the metric {name!r} ({first_error(e)}): it has to make its variables "
+                    "in __init__, and to be one number"
+                ) from e
+        raise
+
+
 def _metric_constructors(
-    metrics: Mapping[str, Metric] | Sequence[Metric], loss_fn: Callable[..., tf.Tensor], output_spec: Any, y_spec: Any
-) -> collections.OrderedDict[str, Callable[[], tf.keras.metrics.Metric]]:
+    metrics: Mapping[str, Metric] | Sequence[Metric],
+    loss_fn: Callable[..., tf.Tensor],
+    output_spec: Any,
+    y_spec: Any,
+    mask_spec: Any,
+) -> dict[str, Callable[[], tf.keras.metrics.Metric]]:
     """Returns what TFF makes metrics of, by name."""
     if isinstance(metrics, Mapping):
         named = {name: _constructor(metric, output_spec, y_spec) for name, metric in metrics.items()}
@@ -209,9 +298,28 @@ def _metric_constructors(
             raise ValueError(f"several metrics have the same name: give them others, or as a mapping: {list(named)}")
     if _lacks_rank_of(output_spec, y_spec):
         y_spec = tf.TensorSpec([None, 1], y_spec.dtype)
+
+    def masked_loss_fn(output, label, *mask):
+        if mask:
+            (output._keras_mask,) = mask  # Keras's losses look for it there.
+        return loss_fn(output, label)
+
     # Traced, for what a loss function may capture.
-    mean_loss = TracedFunction("the loss", loss_fn, [output_spec, y_spec])
-    return collections.OrderedDict({_LOSS_METRIC: functools.partial(_MeanLoss, mean_loss), **named})
+    mean_loss = TracedFunction("the loss", masked_loss_fn, [output_spec, y_spec, *mask_spec])
+    named = {_LOSS_METRIC: functools.partial(_MeanLoss, mean_loss), **named}
+    return (
+        {name: functools.partial(_masked, constructor) for name, constructor in named.items()} if mask_spec else named
+    )
+
+
+def _masked(constructor: Callable[[], tf.keras.metrics.Metric]) -> tf.keras.metrics.Metric:
+    """Makes a metric that takes a pair of outputs and mask, where Keras would give it the mask as weights."""
+    metric = constructor()
+    update_state = metric.update_state
+    while hasattr(update_state, "__original_wrapped__"):  # As TFF does.
+        update_state = update_state.__original_wrapped__
+    metric.update_state = lambda y_true, y_pred: update_state(y_true, y_pred[0], sample_weight=y_pred[1])
+    return metric
 
 
 class _MeanLoss(tf.keras.metrics.Mean):
@@ -223,7 +331,8 @@ class _MeanLoss(tf.keras.metrics.Mean):
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: tf.Tensor | None = None):
         num_examples = tf.shape(tf.nest.flatten(y_true)[0])[0]
-        return super().update_state(self._loss_fn(y_pred, y_true), num_examples)
+        mask = [] if sample_weight is None else [sample_weight]
+        return super().update_state(self._loss_fn(y_pred, y_true, *mask), num_examples)
 
 
 def _constructor(metric: Metric, output_spec: Any, y_spec: Any) -> Callable[[], tf.keras.metrics.Metric]:
@@ -239,10 +348,25 @@ def _constructor(metric: Metric, output_spec: Any, y_spec: Any) -> Callable[[], 
             return functools.partial(tf.keras.metrics.MeanMetricWrapper, found, name=metric)
         metric = found
     if isinstance(metric, tf.keras.metrics.Metric):
-        return functools.partial(type(metric).from_config, metric.get_config())
+        config = metric.get_config()
+        lost = [] if _is_of_keras(metric) else [name for name in _parameters(type(metric)) if name not in config]
+        if lost:
+            raise ValueError(
+                f"the metric {metric.name!r} cannot be made anew: get_config of {type(metric).__name__} lacks "
+                f"{', '.join(lost)}; give a function that makes it"
+            )
+        return functools.partial(type(metric).from_config, config)
     if not callable(metric):
         raise TypeError(f"a metric is {metric!r}; it must be a Keras metric, a function that makes one, or a name")
+    if not isinstance(metric, (type, functools.partial)) and len(_parameters(metric)) == 2:  # Of labels and outputs.
+        return functools.partial(tf.keras.metrics.MeanMetricWrapper, metric, name=metric.__name__)
     return metric
+
+
+def _parameters(function: Callable) -> list[str]:
+    """Returns the names of what a function, or a class, takes; of `*args` and `**kwargs` nothing is known."""
+    named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    return [p.name for p in inspect.signature(function).parameters.values() if p.kind in named]
 
 
 def _accuracy(output_spec: tf.TensorSpec, y_spec: tf.TensorSpec) -> type[tf.keras.metrics.Metric]:

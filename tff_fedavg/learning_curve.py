@@ -68,9 +68,9 @@ class Target:
         best = np.fmin if self.lower_is_better else np.fmax
         return best.accumulate(np.asarray(values, float))
 
-    def best(self, values: Iterable[float]) -> float | None:
-        """Returns the best of some values, NaN excepted; None if there are none."""
-        return (min if self.lower_is_better else max)((v for v in values if not math.isnan(v)), default=None)
+    def best(self, values: Iterable[float]) -> float:
+        """Returns the best of some values, NaN excepted; NaN if there are none."""
+        return (min if self.lower_is_better else max)((v for v in values if not math.isnan(v)), default=math.nan)
 
     def is_reached(self, value: float | None) -> bool:
         """Whether a value is as good as the target; None is not."""

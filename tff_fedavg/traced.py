@@ -66,7 +66,7 @@ class TracedFunction:
         try:
             graph = tf.function(fn).get_concrete_function(*specs).graph
         except Exception as e:  # Of any kind: it is somebody else's code.
-            raise ValueError(f"{name} fails: {_first_error(e)}") from e
+            raise ValueError(f"{name} fails: {first_error(e)}") from e
         graph_def = graph.as_graph_def()
         # A captured value is known by the name of the placeholder that stands for it in the graph.
         captured = {placeholder.op.name: external for external, placeholder in graph.captures}
@@ -201,7 +201,7 @@ def _check(name: str, graph_def: tf.compat.v1.GraphDef, variable_of: Mapping[str
             )
 
 
-def _first_error(error: Exception) -> str:
+def first_error(error: Exception) -> str:
     """Returns the line of an error's text that says what it is: AutoGraph and Keras put the code before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[A-Za-z]+(Error|Exception): ", line)]

@@ -42,13 +42,13 @@ class Progress:
       round_number: The round, from 1; 0 is the initial model.
       metrics: The metrics of the round, flat, by the names in metrics.csv.
       target: The target of the run.
-      best: Best value of its metric in all evaluations so far; None before the first.
+      best: Best value of its metric in all evaluations so far; NaN before the first.
     """
 
     round_number: int
     metrics: dict[str, Any]
     target: Target
-    best: float | None
+    best: float
 
 
 def train(
@@ -115,7 +115,7 @@ def train(
         if is_next or round_number in (0, total_rounds):
             evaluation = evaluate(state.global_model_weights)
             metrics.update((f"evaluation/{name}", float(value)) for name, value in evaluation.items())
-            best = target.best([*([] if best is None else [best]), metrics[target.field]])
+            best = target.best([best, metrics[target.field]])
         try:
             table.append(round_number, metrics)
             log.append(round_number, metrics)

@@ -78,7 +78,7 @@ class _Observer(Observer):
         self._say(f"going on after round {round_number}" if round_number else "evaluating the initial model")
 
     def update(self, progress) -> None:
-        best = progress.best or 0.0
+        best = progress.best
         self._say(f"round {progress.round_number}/{self._run.grid.rounds}, best accuracy {best:.4f}")
         if self._run.grid.extends and progress.target.field in progress.metrics:
             is_reached = learning_curve.Target(self._run.grid.target).is_reached(best)
