@@ -66,6 +66,7 @@ def main() -> None:
         task = saved_run.build_task(run_dir, experiment)
         target = choose_target(experiment, task)
         model = task.build_model(experiment.seed)
+        saved_run.check_weights(weights, model)
         prefix = f"round_{round_number}"
         if personalization:
             computation = tff_fedavg.build_personalization_eval(model, task.train, **personalization)

@@ -8,6 +8,7 @@ A name that ends in .keras is a file in Keras's format; one without a suffix is 
 import os
 import pathlib
 import shutil
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from absl import flags, logging
@@ -45,10 +46,18 @@ def main() -> None:
     print(f"{output}: {model.count_params():,} parameters, for {inputs}")
     if measured := _measured(run_dir, round_number):
         print(f"on the test set of {experiment.task}: {measured}")
-    modules = {type(layer).__module__ for layer in model.layers}
-    foreign = sorted(module for module in modules if not module.startswith("keras."))
-    if foreign and output.suffix:
-        print(f"it has layers of {', '.join(foreign)}: import that before it is loaded")
+    if output.suffix:
+        _tell_what_loading_needs({type(layer) for layer in (model, *model.layers)})
+
+
+def _tell_what_loading_needs(classes: Collection[type]) -> None:
+    foreign = [c for c in classes if not c.__module__.startswith("keras.")]
+    ours = sorted({c.__module__ for c in foreign if c.__module__.startswith("tff_fedavg.")})
+    own = sorted(c.__name__ for c in foreign if c.__module__ not in ours)
+    if ours:
+        print(f"it has layers of {', '.join(ours)}: import that before it is loaded")
+    if own:
+        print(f"it has classes of the task's own, which load_model takes as custom_objects: {', '.join(own)}")
 
 
 def _output() -> pathlib.Path:

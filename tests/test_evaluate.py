@@ -12,6 +12,7 @@ from conftest import NO_SEED, ROOT
 
 import tasks
 import tff_fedavg
+from binaries.command_line import saved_run
 from tff_fedavg import distribution, metrics_table, models, saved_state
 from tff_fedavg.learning_curve import Target
 from tff_fedavg.run_directory import read_config
@@ -100,6 +101,15 @@ def test_bad_flags_get_one_line_at_once(short_run, flags, message):
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("evaluate: ") and result.stderr.count("\n") == 1
     assert message in result.stderr
+
+
+def test_weights_of_another_model_are_told_with_their_shapes(short_run):
+    weights = saved_state.load_weights(short_run, 3, run=read_config(short_run)["run"])
+    task = tasks.build_task("mnist_cnn", data="embedded", cache_dir=short_run.parent / "cache")
+    with pytest.raises(
+        ValueError, match=r"the trainable weights of the run have the shapes \[\(784, 200\), .*, but those"
+    ):
+        saved_run.check_weights(weights, task.build_model(0))
 
 
 def test_summary_of_accuracies_and_of_losses():

@@ -201,7 +201,27 @@ class Subclassed(tf.keras.Model):
         return self.dense(x)
 
 
-@pytest.mark.parametrize("build", [normalized, frozen, with_batch_normalization, Subclassed])
+class Scale(layers.Layer):
+    """Keras does not know it: it is not registered."""
+
+    def build(self, shape):
+        self.scale = self.add_weight("scale", [shape[-1]], initializer="ones")
+
+    def call(self, x):
+        return x * self.scale
+
+
+def with_own_layer():
+    return tf.keras.Sequential([layers.InputLayer([4]), tf.keras.Sequential([Scale()]), layers.Dense(3)])
+
+
+class Unregistered(Subclassed):
+    pass
+
+
+@pytest.mark.parametrize(
+    "build", [normalized, frozen, with_batch_normalization, with_own_layer, Subclassed, Unregistered]
+)
 def test_weights_go_to_any_keras_model_and_come_back(build):
     original = build()
     weights = functional(original, tf.TensorSpec([None, 4])).initial_weights
@@ -224,6 +244,19 @@ def test_layers_that_keras_lacks_need_one_import_and_not_tff(tmp_path):
     np.savez(tmp_path / "data.npz", x=x, y=exported.predict(x, verbose=0).argmax(-1))
     found = in_plain_keras(tmp_path / "lstm.keras", tmp_path / "data.npz", "tff_fedavg.layers", "tff_fedavg.masked")
     assert found == {"accuracy": 1.0, "imported": ["tff_fedavg"]}
+
+
+class Uncopied(Subclassed):
+    def get_config(self):
+        raise NotImplementedError("no configuration")
+
+
+def test_a_model_that_cannot_be_copied_is_told_in_one_line():
+    model = Uncopied()
+    weights = tff.learning.models.ModelWeights(*functional(model, tf.TensorSpec([None, 4])).initial_weights)
+    with pytest.raises(ValueError, match="the model cannot be copied, .*no configuration.*: give a function that") as e:
+        tff_fedavg.keras_model(model, weights)
+    assert "\n" not in str(e.value)
 
 
 def test_what_does_not_fit_is_told_in_one_line():

@@ -127,33 +127,34 @@ def test_damaged_state_falls_back_to_the_one_before_and_says_so(tmp_path, proces
     assert max_difference(weights_of(state), weights_of(expected)) == 0
 
 
-def test_a_state_of_another_round_run_or_model_is_not_taken_for_that_of_this_one(
-    tmp_path, process, model, client_dataset
-):
+def test_a_state_of_another_round_or_run_is_not_taken_for_that_of_this_one(tmp_path, process):
     run, other = Run(tmp_path / "run", process), Run(tmp_path / "other", process)
     straight = run.to(4)
     states = tmp_path / "run" / "states"
     (states / "round_4.npz").rename(states / "round_9.npz")
     other.to(8)
     shutil.copy(tmp_path / "other" / "states" / "round_8.npz", states)
-    adam = tff.learning.optimizers.build_adam(0.1)
-    arguments = dict(epochs=1, batch_size=3, learning_rate=0.1, server_optimizer=adam)
-    saved_state.save_state(
-        tmp_path / "run",
-        7,
-        build_fed_avg(model, client_dataset, **arguments).initialize(),
-        run=RunDirectory(tmp_path / "run").run,
-        metrics=b"",
-    )
     run.rounds.clear()
     state = run.to(4)
-    assert [message.split(":")[0] for message in run.mended[:3]] == [
+    assert [message.split(":")[0] for message in run.mended[:2]] == [
         f"{states}/round_9.npz is the state of round 4",
         f"{states}/round_8.npz is the state of another run",
-        f"{states}/round_7.npz is the state of another model or algorithm",
     ]
-    assert run.rounds == [0, 1, 2, 3, 4]
+    assert run.rounds == [1, 2, 3, 4]
     assert max_difference(weights_of(state), weights_of(straight)) == 0
+
+
+def test_a_run_whose_model_or_algorithm_was_changed_is_refused_and_stays_as_it_is(
+    tmp_path, process, model, client_dataset
+):
+    straight = Run(tmp_path, process).to(4)
+    adam = tff.learning.optimizers.build_adam(0.1)
+    other = build_fed_avg(model, client_dataset, epochs=1, batch_size=3, learning_rate=0.1, server_optimizer=adam)
+    run = Run(tmp_path, other)
+    with pytest.raises(ValueError, match="round_4.npz is the state of another model or algorithm, which differs in "):
+        run.to(8)
+    assert (run.mended, run.rounds) == ([], [])
+    assert max_difference(weights_of(Run(tmp_path, process).to(4)), weights_of(straight)) == 0
 
 
 def cut_in_row_2(path):

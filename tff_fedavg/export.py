@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import tensorflow as tf
 
 from tff_fedavg.layers import MaxPooling
+from tff_fedavg.traced import first_error
 
 if TYPE_CHECKING:
     import tensorflow_federated as tff
@@ -30,7 +31,7 @@ def keras_model(
       ValueError: If the weights do not fit the model.
     """
     if isinstance(model, tf.keras.Model):
-        model = copy.deepcopy(model)
+        model = _copy(model)
     elif callable(model):
         model = model()
     if not isinstance(model, tf.keras.Model):
@@ -45,6 +46,22 @@ def keras_model(
     if model.inputs and any(isinstance(layer, MaxPooling) for layer in model.layers):
         model = tf.keras.models.clone_model(model, clone_function=_keras_layer)
     return model
+
+
+def _copy(model):
+    own = {
+        type(layer).__name__: type(layer)
+        for layer in (model, *model.submodules)
+        if isinstance(layer, tf.keras.layers.Layer)
+    }
+    try:
+        with tf.keras.utils.custom_object_scope(own):  # Keras writes a model down to copy it.
+            return copy.deepcopy(model)
+    except Exception as e:  # Of many kinds: it may be somebody else's code.
+        raise ValueError(
+            f"the model cannot be copied, since its get_config does not say how it is made ({first_error(e)}): give a "
+            "function that builds it"
+        ) from e
 
 
 def _assign(part, variables, values):

@@ -27,6 +27,10 @@ _WEIGHTS = "global_model_weights"
 _NEWEST = 3  # States that are kept.
 
 
+class OtherModelError(ValueError):
+    """A state is of the run that it is loaded for, whose model or algorithm has been changed since."""
+
+
 def saved_rounds(run_dir: str | os.PathLike[str]) -> list[int]:
     """Returns the rounds whose states are saved, ascending."""
     names = (path.stem.removeprefix("round_") for path in _states(run_dir).glob("round_*.npz"))
@@ -100,6 +104,7 @@ def load_state(run_dir: str | os.PathLike[str], round_number: int, structure: An
 
     Raises:
       ValueError: If the state is damaged, or is not that of this round and run.
+      OtherModelError: If it is, but has another structure.
     """
     import tree
 
@@ -110,7 +115,10 @@ def load_state(run_dir: str | os.PathLike[str], round_number: int, structure: An
     for name in expected.keys() | arrays.keys():
         specs = [(a[name].shape, a[name].dtype) if name in a else None for a in (arrays, expected)]
         if specs[0] != specs[1]:
-            raise ValueError(f"{path} is the state of another model or algorithm: they differ in {name}")
+            raise OtherModelError(
+                f"{path} is the state of another model or algorithm, which differs in {name}: give another run_dir for "
+                "this one"
+            )
     return tree.map_structure_with_path(lambda place, _: arrays[_name(place)][()], structure), metrics
 
 

@@ -92,7 +92,7 @@ def train(
       DivergedError: If no client had a finite update in three rounds on end, or SGD's loss or weights are not finite.
         The state before the last round is saved.
       NotSavedError: If the disk is full, or a file cannot be written for another reason.
-      ValueError: If something else is in the place of a file.
+      ValueError: If something else is in the place of a file, or the saved state is of another model.
     """
     state, saved_round, saved_metrics = _load_latest_state(process, directory, on_mended)
     round_number = saved_round
@@ -176,6 +176,8 @@ def _load_latest_state(process, directory, on_mended):
         try:
             good, metrics = saved_state.load_state(directory.path, round_number, state, run=directory.run)
             return good, round_number, metrics
+        except saved_state.OtherModelError:
+            raise
         except ValueError as e:
             path = saved_state.path_of(directory.path, round_number)
             aside = path.with_name(f"damaged_{time.time_ns()}_{path.name}")

@@ -12,7 +12,7 @@ from binaries.experiment import Experiment
 from tff_fedavg import run_directory, saved_state
 
 if TYPE_CHECKING:
-    from tensorflow_federated.learning.models import ModelWeights
+    from tensorflow_federated.learning.models import FunctionalModel, ModelWeights
 
     from tasks.task import Task
 
@@ -44,6 +44,16 @@ def load_weights(run_dir: pathlib.Path, round_number: int) -> "ModelWeights":
       ValueError: If its state is damaged, or of another run.
     """
     return saved_state.load_weights(run_dir, round_number, run=run_directory.read_config(run_dir)["run"])
+
+
+def check_weights(weights: "ModelWeights", model: "FunctionalModel") -> None:
+    """Raises a `ValueError` if weights are of another model, as after a change of a task of one's own."""
+    for part, initial in zip(("trainable", "non_trainable"), model.initial_weights):
+        found, expected = ([tuple(w.shape) for w in each] for each in (getattr(weights, part), initial))
+        if found != expected:
+            raise ValueError(
+                f"the {part} weights of the run have the shapes {found}, but those of the model {expected}"
+            )
 
 
 def build_task(run_dir: pathlib.Path, experiment: Experiment) -> "Task":
