@@ -50,8 +50,6 @@ class CentralizedSGD:
         self._batch_size = batch_size
         self._seed = seed
         self._num_examples = int(client_dataset.num_examples.sum())
-        if not self._num_examples:
-            raise ValueError(f"{client_dataset.directory} has no examples")
 
         # A session, since a call of it costs less than one of a `tf.function`.
         with tf.Graph().as_default():

@@ -339,7 +339,7 @@ def _build_aggregation(aggregator: Factory, update_type: tff.types.StructType) -
 
 
 def check_model_and_data(model: tff.learning.models.FunctionalModel, client_dataset: ClientDataset) -> None:
-    """Raises a `TypeError` for what is something else, and says what to call."""
+    """Raises a `TypeError` for what is something else, and says what to call; a `ValueError` if there are no examples."""
     if not isinstance(model, tff.learning.models.FunctionalModel):
         raise TypeError(
             f"model is a {type(model).__name__}; make a functional model of a Keras model with "
@@ -350,6 +350,8 @@ def check_model_and_data(model: tff.learning.models.FunctionalModel, client_data
             f"client_dataset is a {type(client_dataset).__name__}; it must be a ClientDataset, which "
             "ClientDataset.from_arrays and ClientDataset.from_client_data make"
         )
+    if not client_dataset.num_examples.sum():
+        raise ValueError("client_dataset has no examples")
 
 
 def check_optimizer(name: str, optimizer: Optimizer | None) -> None:
