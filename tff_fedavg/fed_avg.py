@@ -339,7 +339,7 @@ def _build_aggregation(aggregator: Factory, update_type: tff.types.StructType) -
 
 
 def check_model_and_data(model: tff.learning.models.FunctionalModel, client_dataset: ClientDataset) -> None:
-    """Raises a `TypeError` for what is something else, and says what to call; a `ValueError` if there are no examples."""
+    """Raises a `TypeError` for what is something else, and says what to call; a `ValueError` if there is no example."""
     if not isinstance(model, tff.learning.models.FunctionalModel):
         raise TypeError(
             f"model is a {type(model).__name__}; make a functional model of a Keras model with "
