@@ -49,11 +49,8 @@ def keras_model(
 
 
 def _copy(model):
-    own = {
-        type(layer).__name__: type(layer)
-        for layer in (model, *model.submodules)
-        if isinstance(layer, tf.keras.layers.Layer)
-    }
+    classes = {type(layer) for layer in (model, *model.submodules)}
+    own = {c.__name__: c for c in classes if not c.__module__.startswith("keras.")}
     try:
         with tf.keras.utils.custom_object_scope(own):  # Keras writes a model down to copy it.
             return copy.deepcopy(model)

@@ -91,9 +91,10 @@ class KerasFunctionalModel(tff.learning.models.FunctionalModel):
             )
         except ChangedVariableError as e:
             raise ValueError(_changed_in_training(keras_model, e)) from e
-        metrics_fns = _metrics_fns(
-            _metric_constructors(metrics, loss_fn, output_spec, y_spec, mask_spec), output_spec, y_spec, mask_spec
-        )
+        if _lacks_rank_of(output_spec, y_spec):
+            y_spec = tf.TensorSpec([None, 1], y_spec.dtype)
+        constructors = _metric_constructors(metrics, loss_fn, output_spec, y_spec, mask_spec)
+        metrics_fns = _metrics_fns(constructors, output_spec, y_spec, mask_spec)
         super().__init__(
             initial_weights=tuple(tuple(v.numpy() for v in part) for part in (trainable, non_trainable)),
             predict_on_batch_fn=tf.function(self.predict_on_batch),
@@ -250,8 +251,6 @@ def _metrics_fns(
     Raises:
       ValueError: If TFF cannot make functions of a metric, or it is not a number.
     """
-    if _lacks_rank_of(output_spec, y_spec):
-        y_spec = tf.TensorSpec([None, 1], y_spec.dtype)
     predictions_spec = (output_spec, *mask_spec) if mask_spec else output_spec
 
     def build(constructors):
@@ -296,8 +295,6 @@ def _metric_constructors(
         named = {constructor().name: constructor for constructor in constructors}
         if len(named) < len(constructors):
             raise ValueError(f"several metrics have the same name: give them others, or as a mapping: {list(named)}")
-    if _lacks_rank_of(output_spec, y_spec):
-        y_spec = tf.TensorSpec([None, 1], y_spec.dtype)
 
     def masked_loss_fn(output, label, *mask):
         if mask:
