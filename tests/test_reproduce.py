@@ -306,7 +306,7 @@ def test_a_run_whose_directory_is_damaged_is_left_out_and_the_others_are_run(tmp
     damaged = tmp_path / "runs" / "mnist_2nn-iid-C0.1-E1-B10" / "eta0.1" / "config.json"
     damaged.parent.mkdir(parents=True)
     damaged.write_text("{")
-    flags = ["--quick", "--table=4", "--figure=8", "--rows=mnist_2nn-*-E?-B10,mnist_cnn-iid-C0.1-E1-B10"]
+    flags = ["--quick", "--table=4", "--rows=mnist_2nn-*-E1-B10"]
     result = reproduce(*flags, f"--results_dir={tmp_path}", f"--cache_dir={tmp_path / 'cache'}")
     assert result.returncode == 2
     first, last = result.stderr.splitlines()
@@ -316,7 +316,6 @@ def test_a_run_whose_directory_is_damaged_is_left_out_and_the_others_are_run(tmp
     )
     assert last == "reproduce: mnist_2nn-iid-C0.1-E1-B10/eta0.1: left out after an error, which is above"
     assert "mnist_2nn-pathological-C0.1-E1-B10/eta0.1: 2 rounds" in result.stdout
-    assert "mnist_cnn-iid-C0.1-E1-B10/eta0.215-train_loss: 2 rounds" in result.stdout
     assert result.stdout.splitlines()[-1].startswith("left to run: ")
 
 
