@@ -51,7 +51,9 @@ def main() -> None:
 
 
 def _tell_what_loading_needs(classes: Collection[type]) -> None:
-    foreign = [c for c in classes if not c.__module__.startswith("keras.")]
+    from tff_fedavg.functional_model import is_of_keras
+
+    foreign = [c for c in classes if not is_of_keras(c)]
     ours = sorted({c.__module__ for c in foreign if c.__module__.startswith("tff_fedavg.")})
     own = sorted(c.__name__ for c in foreign if c.__module__ not in ours)
     if ours:

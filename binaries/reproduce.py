@@ -123,11 +123,12 @@ def _listing(panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pat
             states.append(f"rates run: {len(found)}, best {best.learning_rate:g}" + ("" if wanted else ": done"))
             rounds = found[best]["rounds_to_target"]
             rounds = "-" if rounds is None else f"{rounds:.1f}"
-        if last_round := max((run.last_round(results_dir) for run in wanted), default=0):
-            states.append(f"one stopped in round {last_round}")
+        last_rounds = [run.last_round(results_dir) for run in wanted]
+        if any(last_rounds):
+            states.append(f"one stopped in round {max(last_rounds)}")
         state = ", ".join(states) or "not run"
         seconds = f"{sum(outcome['training_seconds'] for outcome in found.values()):.0f}" if found else ""
-        left = plan.seconds_left(grid, results_dir, outcomes)
+        left = plan.seconds_left(grid, last_rounds, outcomes)
         lines.append(layout.format(_title(grid), state, rounds, seconds, "?" if left is None else f"{left:.0f}"))
     return lines
 

@@ -342,10 +342,7 @@ def absolute_in_python(x):
         ),
         (OwnStep, "OwnStep has a train_step of its own, which would not be called"),
         (OwnLoss, "OwnLoss has a compute_loss of its own, which would not be called"),
-        (
-            two_outputs,
-            r"the model has 2 outputs, and Keras's losses are for one: give a function of",
-        ),
+        (two_outputs, "the model has 2 outputs, and Keras's losses are for one: give a function of"),
     ],
 )
 def test_a_model_that_cannot_be_trained_is_refused_in_one_line(dataset_of, build, message):
@@ -395,16 +392,8 @@ class Vector(ShareAbove):
         ("accuracy", TypeError, "metrics is 'accuracy'; it must be a list"),
         ([3], TypeError, "a metric is 3; it must be a Keras metric"),
         (["mse", tf.keras.metrics.MeanSquaredError("mse")], ValueError, "several metrics have the same name"),
-        (
-            [ShareAbove(-100.0)],
-            ValueError,
-            "'share' cannot be made anew: get_config of ShareAbove lacks threshold",
-        ),
-        (
-            ["mse", tf.keras.metrics.R2Score()],
-            ValueError,
-            "TFF can make no function of the metric 'r2_score' ",
-        ),
+        ([ShareAbove(-100.0)], ValueError, "'share' cannot be made anew: get_config of ShareAbove lacks threshold"),
+        (["mse", tf.keras.metrics.R2Score()], ValueError, "TFF can make no function of the metric 'r2_score' "),
         ({"a": Vector}, ValueError, "TFF can make no function of the metric 'a' .*, and to be one number"),
     ],
 )

@@ -154,15 +154,19 @@ def test_run_that_stopped_early_is_wanted_again_for_more_rounds(tmp_path):
 
 def test_seconds_left_follow_the_clients_the_local_epochs_and_what_was_run(tmp_path):
     grid = grid_of(CELL, 1)
-    assert plan.seconds_left(grid, tmp_path, plan.outcomes(tmp_path)) is None
+
+    def left(grid):
+        last_rounds = [run.last_round(tmp_path) for run in grid.progress(tmp_path)[1]]
+        return plan.seconds_left(grid, last_rounds, plan.outcomes(tmp_path))
+
+    assert left(grid) is None
     record(tmp_path, grid.run(0.1), 50)  # 0.02 s a round.
     other = grid_of(Cell("mnist_2nn", "iid", "fedavg", 0.2, 1, 10), 1)
     # Three rates, the paper's 77 rounds, twice the clients.
-    assert plan.seconds_left(other, tmp_path, plan.outcomes(tmp_path)) == pytest.approx(3 * 77 * 0.02 * 2, rel=0.01)
+    assert left(other) == pytest.approx(3 * 77 * 0.02 * 2, rel=0.01)
     stop(tmp_path, other.run(0.1), 40)
     stop(tmp_path, other.run(0.215), 100)  # Of 116 at most.
-    left = plan.seconds_left(other, tmp_path, plan.outcomes(tmp_path))
-    assert left == pytest.approx((77 + 37 + 16) * 0.02 * 2, rel=0.01)
+    assert left(other) == pytest.approx((77 + 37 + 16) * 0.02 * 2, rel=0.01)
 
 
 def test_what_takes_least_is_run_first_and_what_is_not_known_last(tmp_path):

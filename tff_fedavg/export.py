@@ -1,8 +1,8 @@
 """Trained weights in a plain Keras model: the way back from `functional_model_from_keras`."""
 
 import copy
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
@@ -41,7 +41,10 @@ def keras_model(
     for part in ("trainable", "non_trainable"):
         if not hasattr(weights, part):
             raise TypeError(f"weights is a {type(weights).__name__}; it must be a tff.learning.models.ModelWeights")
-        _assign(part, getattr(model, f"{part}_variables"), getattr(weights, part))
+        variables, values = getattr(model, f"{part}_variables"), getattr(weights, part)
+        check_shapes(f"the {part} weights", values, variables)
+        for variable, value in zip(variables, values):
+            variable.assign(value)
     # Of a subclass of Model, which has no inputs, the layers cannot be exchanged.
     if model.inputs and any(isinstance(layer, MaxPooling) for layer in model.layers):
         model = tf.keras.models.clone_model(model, clone_function=_keras_layer)
@@ -61,12 +64,11 @@ def _copy(model):
         ) from e
 
 
-def _assign(part, variables, values):
-    expected, found = ([tuple(w.shape) for w in each] for each in (variables, values))
-    if expected != found:
-        raise ValueError(f"the {part} weights have the shapes {found}, but those of the model have {expected}")
-    for variable, value in zip(variables, values):
-        variable.assign(value)
+def check_shapes(what: str, values: Sequence[Any], of_model: Sequence[Any]) -> None:
+    """Raises a `ValueError` if weights, which are called `what`, have not the shapes of those of a model."""
+    found, expected = ([tuple(w.shape) for w in each] for each in (values, of_model))
+    if found != expected:
+        raise ValueError(f"{what} have the shapes {found}, but those of the model have {expected}")
 
 
 def _keras_layer(layer):

@@ -178,15 +178,16 @@ def _check_model(keras_model: tf.keras.Model) -> None:
 
 
 def _check_loss(loss: Loss, output_spec: Any) -> None:
-    if (isinstance(loss, str) or _is_of_keras(loss)) and not isinstance(output_spec, tf.TensorSpec):
+    if (isinstance(loss, str) or is_of_keras(loss)) and not isinstance(output_spec, tf.TensorSpec):
         raise ValueError(
             f"the model has {len(tf.nest.flatten(output_spec))} outputs, and Keras's losses are for one: give a "
             "function of (y_true, y_pred) that takes all of them"
         )
 
 
-def _is_of_keras(loss_or_metric: Any) -> bool:
-    return str(getattr(loss_or_metric, "__module__", "")).startswith("keras.")
+def is_of_keras(thing: Any) -> bool:
+    """Whether a class, an instance of one, or a function is Keras's own."""
+    return str(getattr(thing, "__module__", "")).startswith("keras.")
 
 
 def _layers(layer: tf.keras.layers.Layer) -> Iterator[tf.keras.layers.Layer]:
@@ -346,7 +347,7 @@ def _constructor(metric: Metric, output_spec: Any, y_spec: Any) -> Callable[[], 
         metric = found
     if isinstance(metric, tf.keras.metrics.Metric):
         config = metric.get_config()
-        lost = [] if _is_of_keras(metric) else [name for name in _parameters(type(metric)) if name not in config]
+        lost = [] if is_of_keras(metric) else [name for name in _parameters(type(metric)) if name not in config]
         if lost:
             raise ValueError(
                 f"the metric {metric.name!r} cannot be made anew: get_config of {type(metric).__name__} lacks "

@@ -48,12 +48,10 @@ def load_weights(run_dir: pathlib.Path, round_number: int) -> "ModelWeights":
 
 def check_weights(weights: "ModelWeights", model: "FunctionalModel") -> None:
     """Raises a `ValueError` if weights are of another model, as after a change of a task of one's own."""
+    from tff_fedavg.export import check_shapes
+
     for part, initial in zip(("trainable", "non_trainable"), model.initial_weights):
-        found, expected = ([tuple(w.shape) for w in each] for each in (getattr(weights, part), initial))
-        if found != expected:
-            raise ValueError(
-                f"the {part} weights of the run have the shapes {found}, but those of the model {expected}"
-            )
+        check_shapes(f"the {part} weights of the run", getattr(weights, part), initial)
 
 
 def build_task(run_dir: pathlib.Path, experiment: Experiment) -> "Task":

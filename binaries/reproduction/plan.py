@@ -316,15 +316,14 @@ def outcomes(results_dir: pathlib.Path) -> dict[Cell, list[Mapping[str, Any]]]:
 
 
 def seconds_left(
-    grid: Grid, results_dir: pathlib.Path, outcomes: Mapping[Cell, Collection[Mapping[str, Any]]]
+    grid: Grid, last_rounds: Collection[int], outcomes: Mapping[Cell, Collection[Mapping[str, Any]]]
 ) -> float | None:
-    """Returns how long the training takes on one core that the grid still wants; None if that is not known.
+    """Returns how long the runs that a grid wants, which go on from these rounds, take on one core; None if not known.
 
     A run is expected to take the paper's rounds; beyond them, all that it may. A round takes what it took in other runs
     of the cell; else of a cell with the same task and B, in proportion to E and to the clients of a round.
     """
-    _, wanted = grid.progress(results_dir)
-    if not wanted:
+    if not last_rounds:
         return 0.0
     alike = (
         [grid.cell] if outcomes[grid.cell] else [c for c in outcomes if (c.task, c.B) == (grid.cell.task, grid.cell.B)]
@@ -338,8 +337,7 @@ def seconds_left(
     if not seconds:
         return None
     expected = grid.rounds if grid.target is None else grid.rounds / _CAP
-    so_far = [run.last_round(results_dir) for run in wanted]
-    return statistics.median(seconds) * sum((expected if n < expected else grid.rounds) - n for n in so_far)
+    return statistics.median(seconds) * sum((expected if n < expected else grid.rounds) - n for n in last_rounds)
 
 
 def cheapest_first(grids: Collection[Grid], results_dir: pathlib.Path) -> list[Grid]:
@@ -347,7 +345,8 @@ def cheapest_first(grids: Collection[Grid], results_dir: pathlib.Path) -> list[G
     found = outcomes(results_dir)
 
     def seconds(grid: Grid) -> float:
-        left = seconds_left(grid, results_dir, found)
+        _, wanted = grid.progress(results_dir)
+        left = seconds_left(grid, [run.last_round(results_dir) for run in wanted], found)
         return math.inf if left is None else left
 
     return sorted(grids, key=seconds)
