@@ -94,6 +94,8 @@ def _read(paths: Sequence[pathlib.Path]) -> list[_Run]:
             raise ValueError(f"run_dir={path} has no metrics yet")
         # Runs of the first version have not kept their target: it was an accuracy.
         target = run_directory.read_config(path)["target"] or {"value": experiment.target_accuracy}
+        if experiment.target_accuracy == 1:  # Which is for none; earlier versions kept it as a value.
+            target = {**target, "value": None}
         runs.append(_Run(str(path.relative_to(common)), experiment, Target(**target), metrics))
     return runs
 
@@ -106,7 +108,7 @@ def _target(runs: Sequence[_Run]) -> Target:
     metrics = {dataclasses.replace(run.target, value=None) for run in runs}
     target = metrics.pop() if len(metrics) == 1 else Target(None, "loss", lower_is_better=True)
     values = {run.target.value for run in runs}
-    if not metrics and len(values) == 1 and not values & {None, 1.0}:  # As an accuracy, 1 is for none.
+    if not metrics and len(values) == 1 and values != {None}:
         return dataclasses.replace(target, value=values.pop())
     best = [target.best(run.curve(_ROUNDS, target)[1]) for run in runs]
     for run, value in zip(runs, best):

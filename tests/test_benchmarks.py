@@ -1,20 +1,18 @@
 """The benchmarks run, and write down what they measured."""
 
 import csv
-import subprocess
 import sys
 
 import pytest
+from programs import run_program
 
 
 def test_quick_run_measures_every_system(tmp_path):
     output = tmp_path / "round_time.csv"
-    command = [
-        *(sys.executable, "-m", "benchmarks.round_time", "--quick", "--tasks=mnist_2nn"),
-        *(f"--cache_dir={tmp_path}", f"--output={output}", f"--peers_dir={tmp_path}"),
-    ]
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    assert [line for line in printed.splitlines() if "left out" in line] == [
+    flags = ["--quick", "--tasks=mnist_2nn", f"--cache_dir={tmp_path}", f"--output={output}", f"--peers_dir={tmp_path}"]
+    result = run_program("benchmarks.round_time", *flags)
+    assert result.returncode == 0, result.stderr
+    assert [line for line in result.stdout.splitlines() if "left out" in line] == [
         f"{peer} is left out: `make benchmark` installs it" for peer in ("PyTorch", "FedJAX", "Flower, PyTorch")
     ]
     with open(output, newline="") as file:
@@ -48,11 +46,8 @@ def test_peer_that_does_other_work_is_one_line(tmp_path):
     peer.parent.mkdir(parents=True)
     peer.write_text(_IDLE_PEER)
     peer.chmod(0o700)
-    command = [
-        *(sys.executable, "-m", "benchmarks.round_time", "--quick", "--tasks=mnist_2nn"),
-        *(f"--cache_dir={tmp_path}", f"--peers_dir={tmp_path}"),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True)
+    flags = ["--quick", "--tasks=mnist_2nn", f"--cache_dir={tmp_path}", f"--peers_dir={tmp_path}"]
+    result = run_program("benchmarks.round_time", *flags)
     assert result.returncode == 2
     assert result.stderr.startswith("round_time: mnist_2nn: PyTorch does other work than tff_fedavg: ")
     assert result.stderr.count("\n") == 1
@@ -68,7 +63,8 @@ def test_peer_that_does_other_work_is_one_line(tmp_path):
 def test_quick_runs_measure_all_numbers_of_clients_and_of_workers(tmp_path, name, more, measured):
     output = tmp_path / "measured.csv"
     flags = ["--quick", f"--output={output}", *([f"--{more}={tmp_path}"] if more else [])]
-    subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *flags], check=True, stdout=subprocess.DEVNULL)
+    result = run_program(f"benchmarks.{name}", *flags)
+    assert result.returncode == 0, result.stderr
     with open(output, newline="") as file:
         rows = list(csv.reader(file))[1:]
     assert [tuple(row[:3]) for row in rows] == measured
@@ -76,7 +72,6 @@ def test_quick_runs_measure_all_numbers_of_clients_and_of_workers(tmp_path, name
 
 
 def test_unknown_task_is_one_line():
-    command = [sys.executable, "-m", "benchmarks.round_time", "--tasks=mnist"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_program("benchmarks.round_time", "--tasks=mnist")
     assert result.returncode == 2
     assert result.stderr.startswith("round_time: --tasks has 'mnist'; it takes ") and result.stderr.count("\n") == 1

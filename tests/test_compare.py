@@ -116,6 +116,17 @@ def test_target_is_the_runs_own_if_they_have_the_same(tmp_path, monkeypatch, cap
     assert [row[:4] for row in cells] == [[f"{name}/run", f"{i}", "1", "not reached"] for i, name in enumerate("ab")]
 
 
+def test_a_target_of_1_is_for_none_in_the_setting_and_a_target_in_the_task(tmp_path, monkeypatch, capsys):
+    rows = [[(0, 0.1, 2.3, None, None), (1, accuracy, 1.0, 2.0, 3e6)] for accuracy in (0.5, 1.0)]
+    for setting, shown in ((1, "0.5"), (None, "1")):
+        runs = [
+            record(tmp_path / f"{setting}" / f"{i}", rows[i], target=Target(1.0), target_accuracy=setting, seed=i)
+            for i in (0, 1)
+        ]
+        drawn(monkeypatch, *runs, "--x=rounds", f"--output_dir={tmp_path}/comparison")
+        assert f"rounds to accuracy {shown} " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["loss", "mean_absolute_error"])
 def test_an_error_that_all_aim_at_is_to_fall(tmp_path, monkeypatch, capsys, name):
     fields = ["round_num", f"evaluation/{name}", "training_time_in_seconds"]

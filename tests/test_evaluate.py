@@ -1,14 +1,13 @@
 """The program `binaries/evaluate.py`, against plain Keras."""
 
 import csv
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import NO_SEED, ROOT
+from conftest import NO_SEED
+from programs import run_alone, run_program
 
 import tasks
 import tff_fedavg
@@ -18,14 +17,11 @@ from tff_fedavg.learning_curve import Target
 from tff_fedavg.run_directory import read_config
 
 
-def run_program(*flags):
-    program = [sys.executable, "-m", "binaries.evaluate", *map(str, flags)]
-    return subprocess.run(program, capture_output=True, text=True, cwd=ROOT, timeout=120)
-
-
 def evaluate_run(run_dir, output_dir, *flags):
     cache = run_dir.parent / "cache"
-    result = run_program(f"--run_dir={run_dir}", f"--cache_dir={cache}", f"--output_dir={output_dir}", *flags)
+    result = run_program(
+        "binaries.evaluate", f"--run_dir={run_dir}", f"--cache_dir={cache}", f"--output_dir={output_dir}", *flags
+    )
     assert (result.returncode, result.stderr) == (0, "")
     return result.stdout.splitlines()
 
@@ -96,7 +92,7 @@ def test_personalization_has_a_row_per_client_and_its_numbers_are_those_of_the_r
 )
 def test_bad_flags_get_one_line_at_once(short_run, flags, message):
     started = time.monotonic()
-    result = run_program(f"--run_dir={short_run}", *flags)
+    result = run_alone("binaries.evaluate", f"--run_dir={short_run}", *flags)
     assert time.monotonic() - started < 3
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("evaluate: ") and result.stderr.count("\n") == 1

@@ -11,6 +11,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 from conftest import NO_SEED, ROOT
 from numpy_model import max_difference
+from programs import run_alone, run_program
 from tensorflow.keras import layers
 
 import tasks
@@ -33,13 +34,10 @@ print(json.dumps({"accuracy": float(np.mean(predictions.argmax(-1) == y)), "impo
 """
 
 
-def export(*flags):
-    program = [sys.executable, "-m", "binaries.export", *map(str, flags)]
-    return subprocess.run(program, capture_output=True, text=True, cwd=ROOT, timeout=120)
-
-
 def export_run(run_dir, output, *flags):
-    return export(f"--run_dir={run_dir}", f"--cache_dir={run_dir.parent}/cache", f"--output={output}", *flags)
+    return run_program(
+        "binaries.export", f"--run_dir={run_dir}", f"--cache_dir={run_dir.parent}/cache", f"--output={output}", *flags
+    )
 
 
 def in_plain_keras(path, data, *modules):
@@ -110,7 +108,7 @@ def test_what_is_there_is_replaced_only_when_that_is_asked_for(short_run, export
 )
 def test_bad_flags_get_one_line_at_once(tmp_path, short_run, flags, message):
     started = time.monotonic()
-    result = export(*(flag.format(tmp_path, run=short_run) for flag in flags))
+    result = run_alone("binaries.export", *(flag.format(tmp_path, run=short_run) for flag in flags))
     assert time.monotonic() - started < 3
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("export: ") and result.stderr.count("\n") == 1
@@ -125,7 +123,8 @@ def test_damaged_state_is_told_and_nothing_is_written(short_run, tmp_path):
     (states / "round_3.npz").write_bytes(content)
     (states / "round_7.npz").write_bytes(content[:-1])
     (tmp_path / "run" / "config.json").write_bytes((short_run / "config.json").read_bytes())
-    result = export(f"--run_dir={tmp_path}/run", f"--cache_dir={short_run.parent}/cache", f"--output={tmp_path}/model")
+    flags = [f"--run_dir={tmp_path}/run", f"--cache_dir={short_run.parent}/cache", f"--output={tmp_path}/model"]
+    result = run_program("binaries.export", *flags)
     assert result.returncode == 2
     assert result.stderr.startswith(f"export: {states / 'round_7.npz'} is damaged (")
     assert result.stderr.endswith("); the other saved rounds are [3]\n") and result.stderr.count("\n") == 1

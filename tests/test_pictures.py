@@ -1,9 +1,7 @@
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import tensorflow as tf
+from programs import run_program
 
 from tasks import pictures
 from tasks.task import Task
@@ -94,9 +92,9 @@ def test_what_has_no_glyph_is_escaped_as_a_label_and_left_out_of_texts(tmp_path,
 
 
 def test_program_leaves_three_pictures_and_says_where(tmp_path):
-    program = [sys.executable, "-m", "binaries.explore", "--data=embedded", "--partition=pathological"]
-    flags = [f"--cache_dir={tmp_path}/cache", f"--output_dir={tmp_path}/pictures"]
-    result = subprocess.run([*program, *flags], capture_output=True, text=True, timeout=120)
+    flags = ["--data=embedded", "--partition=pathological"]
+    flags += [f"--cache_dir={tmp_path}/cache", f"--output_dir={tmp_path}/pictures"]
+    result = run_program("binaries.explore", *flags)
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert lines[1] == "100 clients with 4000 examples: 40 to 40, median 40, mean 40.0; 1000 to test"

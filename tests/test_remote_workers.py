@@ -1,7 +1,6 @@
 """Rounds in several workers: the same as in one, whatever happens to them. With real processes."""
 
 import contextlib
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -14,15 +13,16 @@ import psutil
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
+from conftest import ROOT
 from numpy_model import max_difference
+from programs import run_alone, run_program
 from tensorflow.python.data.experimental.ops import testing
 from test_subrounds import CLIENTS, build, run_rounds
 
 from tff_fedavg import build_client_eval, build_fed_eval, local_worker, remote_workers, runtime
 from tff_fedavg import worker as worker_module
 from tff_fedavg.client_data import write_client_dataset
-
-ROOT = pathlib.Path(__file__).parent.parent
+from tff_fedavg.worker import WorkerLostError
 
 
 class WorkerProgram:
@@ -215,6 +215,61 @@ def test_when_all_are_gone_for_too_long_the_computation_ends(tmp_path):
             total([1, 2])
 
 
+class FakeWorker:
+    """Computes 7, but is lost with the first computations; takes some time to be reached and to read a file."""
+
+    cores = 1
+
+    def __init__(self, name, losses, *, is_back=True):
+        self.name = name
+        self.asked = threading.Event()
+        self._losses = losses
+        self._is_back = is_back
+
+    def compute(self, comp, arg):
+        self._losses -= 1
+        if self._losses >= 0:
+            raise WorkerLostError("died")
+        return 7
+
+    def reach(self):
+        time.sleep(0.3)
+        return self._is_back
+
+    def read_text(self, path):
+        self.asked.set()
+        time.sleep(0.3)
+        return path.read_text()
+
+    def close(self):
+        pass
+
+
+def test_a_worker_that_comes_back_while_files_are_required_is_used_with_all_of_them(tmp_path):
+    paths = [tmp_path / "train", tmp_path / "test"]
+    for path in paths:
+        path.write_text("files")
+    worker = FakeWorker("worker", losses=1)
+    with contextlib.closing(runtime._Queue([worker], timeout=5)) as workers:
+        workers.require(paths[0])
+        worker.asked.clear()
+        result = workers.submit(None, None)
+        assert worker.asked.wait(5)  # For the first, since it is back.
+        workers.require(paths[1])
+        assert result.result(timeout=5) == 7
+
+
+def test_an_end_while_all_are_lost_ends_all_threads(monkeypatch):
+    raised = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    workers = [FakeWorker(name, losses=9, is_back=False) for name in "ab"]
+    with contextlib.closing(runtime._Queue(workers, timeout=0)) as jobs:
+        results = [jobs.submit(None, None) for _ in workers]
+        time.sleep(0.6)  # Both are lost, and asked whether they are back.
+    assert raised == [] and not [thread for thread in jobs._threads if thread.is_alive()]
+    del results
+
+
 def test_a_worker_that_is_not_there_is_told_before_any_work(monkeypatch, addresses, tmp_path):
     monkeypatch.setattr(runtime, "_SECONDS_TO_REACH", 0.5)
     with pytest.raises(RuntimeError, match=f"worker unix:{tmp_path}/none cannot be reached: start binaries.worker"):
@@ -268,8 +323,7 @@ def test_addresses_that_are_none_are_refused(given, message):
 @pytest.mark.parametrize("program", ["train", "reproduce"])
 def test_flags_of_workers_are_checked_before_tensorflow_starts(program, flags, message):
     started = time.monotonic()
-    command = [sys.executable, "-m", f"binaries.{program}", *flags]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = run_alone(f"binaries.{program}", *flags)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(f"{program}: {message}") and result.stderr.count("\n") == 1
     assert time.monotonic() - started < 4
@@ -294,7 +348,7 @@ def test_a_run_goes_on_after_its_workers_were_gone(programs, addresses, tmp_path
     rounds = len(metrics.read_text().splitlines()) - 2
     assert (run_dir / "states" / f"round_{rounds}.npz").is_file()
     command[-1:] = ["--worker_timeout=20", f"--workers={','.join(addresses)}", f"--rounds={rounds + 2}"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = run_program(*command[2:])
     assert f"going on after round {rounds} of" in result.stdout, result.stderr
     shutil.rmtree(run_dir)
 

@@ -1,5 +1,6 @@
 """Experiments from beginning to end, in this program: what an experiment says is what is run, kept and resumed."""
 
+import errno
 import re
 
 import numpy as np
@@ -9,7 +10,9 @@ import tensorflow as tf
 from binaries.command_line.progress import ProgressPrinter
 from binaries.experiment import Experiment, runner
 from binaries.experiment.observer import Observer
+from tff_fedavg import picture, saved_state
 from tff_fedavg.metrics_table import read_metrics
+from tff_fedavg.training import NotSavedError
 
 OWN_TASK = "docs/examples/auto_mpg.py"
 TASK_WITH_DROPOUT = """
@@ -165,3 +168,13 @@ def test_the_loss_on_the_training_data_is_the_mean_over_all_examples(tmp_path):
     clients = [task.train.load(k) for k in range(task.train.num_clients)]
     x, y = (np.concatenate([client[name] for client in clients]) for name in ("x", "y"))
     assert rows[0]["evaluation/train_loss"] == pytest.approx(model.evaluate(x, y, verbose=0), rel=1e-5)
+
+
+def test_on_a_full_disk_what_is_told_is_the_state_that_could_not_be_written(tmp_path, monkeypatch, worker):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(saved_state, "save_state", full)
+    monkeypatch.setattr(picture, "save", full)
+    with pytest.raises(NotSavedError, match="^the state of round 0 could not be written: "):
+        runner.run(Experiment(data="embedded"), tmp_path / "run", cache_dir=tmp_path / "cache")

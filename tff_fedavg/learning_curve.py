@@ -147,7 +147,7 @@ def plot(
     for axes in panels(figure, values, target):
         axes.plot(rounds, values, ".", color=best_color, alpha=0.4, label="measured")
         axes.plot(rounds, target.monotone(values), color=best_color, label="best so far")
-        if target.value is not None and target != Target(1.0):  # As an accuracy, 1 is for none.
+        if target.value is not None:
             axes.axhline(target.value, color="gray", linewidth=1, label=f"target {target.value:g}")
             crossing = target.rounds(rounds, values)
             if crossing is not None:

@@ -202,6 +202,7 @@ class _Queue:
         self._timeout = timeout
         self._jobs = queue.PriorityQueue()
         self._counter = itertools.count()
+        self._lock = threading.Lock()  # Who comes back has all that is required.
         self._lost = {}  # When each worker that is lost was lost.
         self._required = {}  # The text of each file that all workers must have, by its path.
         self._closed = threading.Event()
@@ -219,11 +220,12 @@ class _Queue:
         """Makes sure that a text file is the same for all workers, now and when one comes back."""
         if path in self._required or isinstance(self._workers[0], LocalWorker):
             return
-        self._required[path] = path.read_text()
-        for worker in self._workers:
-            if worker not in self._lost and (reason := self._lacks(worker)):
-                del self._required[path]
-                raise ValueError(f"{worker.name} {reason}")
+        with self._lock:
+            self._required[path] = path.read_text()
+            for worker in self._workers:
+                if worker not in self._lost and (reason := self._lacks(worker)):
+                    del self._required[path]
+                    raise ValueError(f"{worker.name} {reason}")
 
     def close(self) -> None:
         self._closed.set()
@@ -252,28 +254,30 @@ class _Queue:
     def _wait_until_back(self, worker: Worker, reason: str) -> bool:
         """Waits for a lost worker; returns whether it is back. Fails what waits when all are gone for too long."""
         tell(f"{worker.name} {reason}: others do its part, and it is used again when it is back")
-        self._lost[worker] = time.monotonic()
+        with self._lock:
+            self._lost[worker] = time.monotonic()
         told = ""
         while not self._closed.wait(_SECONDS_BETWEEN_TRIES):
             if worker.reach():
-                lacks = self._lacks(worker)
+                with self._lock:
+                    lacks = self._lacks(worker)
+                    if not lacks:
+                        del self._lost[worker]
                 if not lacks:
-                    del self._lost[worker]
                     tell(f"{worker.name} is back")
                     return True
                 if lacks != told:
                     told = lacks
                     tell(f"{worker.name} {lacks}: it is not used")
-            if len(self._lost) == len(self._workers):
-                self._fail_what_waits(max(self._lost.values()))
+            with self._lock:
+                lost_at = list(self._lost.values())
+            if len(lost_at) == len(self._workers) and time.monotonic() - max(lost_at) >= self._timeout:
+                self._fail_what_waits()
         return False
 
-    def _fail_what_waits(self, all_lost_at: float) -> None:
-        if time.monotonic() - all_lost_at < self._timeout:
-            return
+    def _fail_what_waits(self) -> None:
         with contextlib.suppress(queue.Empty):
-            while True:
-                job = self._jobs.get_nowait()
+            while (job := self._jobs.get_nowait()) is not _END:  # That is this thread's own: it ends by `_closed`.
                 job.result.set_exception(RuntimeError(f"no worker could be reached for {self._timeout:g} s"))
 
     def _lacks(self, worker: Worker) -> str:

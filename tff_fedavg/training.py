@@ -1,7 +1,7 @@
 """The round loop: sample, train, evaluate, release metrics, save the state; resume where an earlier run stopped.
 
-Like `tff.simulation.run_training_process`, and with what that lacks: a stop at a target accuracy, a stop when the loss
-is no longer finite, and a fall back to an older state when the newest is damaged. The state is the truth: it has the
+Like `tff.simulation.run_training_process`, and with what that lacks: a stop at a target accuracy, a stop when nothing
+finite is left, and a fall back to an older state when the newest is damaged. The state is the truth: it has the
 metrics up to its round, from which metrics.csv is mended.
 """
 

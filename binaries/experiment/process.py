@@ -43,7 +43,7 @@ def choose_target(experiment: Experiment, task: Task) -> Target:
         if "accuracy" not in task.metrics:
             names = ", ".join(("loss", *task.metrics))
             raise ValueError(f"--target_accuracy is given, but {task.name} has no accuracy: its metrics are {names}")
-        return Target(experiment.target_accuracy)
+        return Target(None if experiment.target_accuracy == 1 else experiment.target_accuracy)
     without = Target(None) if "accuracy" in task.metrics else Target(None, "loss", lower_is_better=True)
     return task.target or without
 

@@ -1,5 +1,6 @@
 """The run of one experiment, with its files, progress and outcome."""
 
+import contextlib
 import os
 
 import tensorflow_federated as tff
@@ -50,7 +51,7 @@ def run(
     Raises:
       ValueError: If the data are bad, or the directory holds a run of another experiment. Nothing has been computed
         then.
-      DivergedError: If the loss is no longer finite.
+      DivergedError: As from `training.train`.
       NotSavedError: If a state or metrics cannot be written.
     """
     observer = observer or Observer()
@@ -74,6 +75,11 @@ def run(
             directory.start(experiment.to_json(), task.checksums, target, after_round=round_number)
             observer.start(round_number)
 
+        def draw() -> None:
+            title = ", ".join(part for part in (task.name, experiment.partition, experiment.algorithm) if part)
+            curve = learning_curve.evaluations(read_metrics(run_dir), target.metric)
+            learning_curve.plot(directory.learning_curve_png, *curve, target=target, title=title)
+
         try:
             training.train(
                 process,
@@ -88,13 +94,14 @@ def run(
                 on_round=observer.update,
                 on_mended=observer.report_mended,
             )
-        except training.DivergedError as e:
+        except BaseException as e:
+            with contextlib.suppress(OSError):  # What has ended the training is what is to be told.
+                draw()
+            if not isinstance(e, training.DivergedError):
+                raise
             rate = experiment.learning_rate
             raise training.DivergedError(f"{e} at learning_rate={rate:g}; {run_dir} keeps the state before it") from e
-        finally:
-            title = ", ".join(part for part in (task.name, experiment.partition, experiment.algorithm) if part)
-            curve = learning_curve.evaluations(read_metrics(run_dir), target.metric)
-            learning_curve.plot(directory.learning_curve_png, *curve, target=target, title=title)
+        draw()
     return _outcome(experiment, directory, task, target)
 
 
