@@ -155,7 +155,7 @@ def _run(panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pathlib
                 now = time.monotonic()
                 for ended in processes.wait(min(printed_at + _SECONDS_BETWEEN_LINES, deadline) - now):
                     if ended.failed:
-                        failed.add(ended.name if _is_damaged(ended.name, results_dir) else _task(ended.name))
+                        failed.add(ended.name if _is_of_its_own(ended, results_dir) else _task(ended.name))
                         _tell(f"{ended.name}: {ended.outcome}")
                     else:
                         print(f"{ended.name}: {ended.outcome}", flush=True)
@@ -167,7 +167,10 @@ def _run(panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pathlib
     except KeyboardInterrupt as e:
         raise KeyboardInterrupt("interrupted; the same command goes on from the saved states") from e
     left = len(list(_jobs(panels, grids, results_dir)))
-    print(f"left to run: {left} or more; the same command goes on with them" if left else "nothing is left to run")
+    if left:
+        print(f"left to run: {left} or more; the same command goes on with them")
+    else:
+        print(f"nothing is left to run: all is in {results_dir}; another --results_dir runs it anew")
     if failed:
         raise RuntimeError(f"{', '.join(sorted(failed))}: left out after an error, which is above")
 
@@ -188,13 +191,14 @@ def _without_data(panels: Sequence[str], grids: Sequence[plan.Grid], results_dir
     return missing
 
 
-def _is_damaged(name: str, results_dir: pathlib.Path) -> bool:
-    """Whether a run has failed for what is in its own directory, which is nothing to the others of its task."""
+def _is_of_its_own(ended: pool.Ended, results_dir: pathlib.Path) -> bool:
+    """Whether a run has failed for what is in its directory, or uses it, which is nothing to the others of its task."""
+    run_dir = results_dir / "runs" / ended.name
     try:
-        run_directory.read_config(results_dir / "runs" / name)
+        run_directory.read_config(run_dir)
     except ValueError:
         return True
-    return False
+    return ended.outcome.startswith(f"--run_dir={run_dir} ")
 
 
 def _tell(message: str) -> None:

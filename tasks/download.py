@@ -51,7 +51,7 @@ def _fetch(url: str, path: pathlib.Path) -> None:
     request = urllib.request.Request(url, headers=_HEADERS)
     with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response, open(path, "xb") as file:
         print(f"downloading {url}", file=sys.stderr)
-        with tqdm.tqdm.wrapattr(response, "read", response.length, disable=not sys.stderr.isatty()) as stream:
+        with tqdm.tqdm.wrapattr(response, "read", response.length, disable=None) as stream:
             shutil.copyfileobj(lzma.open(stream) if url.endswith(".lzma") else stream, file, _CHUNK_BYTES)
         if response.length:  # What is left of it, if its length is known.
             raise EOFError(f"the last {response.length} bytes are missing")

@@ -25,7 +25,6 @@ import heapq
 import itertools
 import pathlib
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -100,9 +99,7 @@ def build_task(settings: TaskSettings) -> Task:
 
     @functools.cache
     def vocabulary() -> dict[str, int]:
-        authors = tqdm.tqdm(
-            train_authors(), "counting words", unit=" clients", delay=2, disable=not sys.stderr.isatty()
-        )
+        authors = tqdm.tqdm(train_authors(), "counting words", unit=" clients", delay=2, disable=None)
         return _build_vocabulary(map(train_posts, authors))
 
     def train_clients() -> Iterator[Mapping[str, np.ndarray]]:

@@ -3,9 +3,11 @@ import concurrent.futures
 import json
 import os
 import pathlib
+import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 import zlib
 
 import numpy as np
@@ -15,8 +17,10 @@ import tensorflow as tf
 import tensorflow_federated as tff
 from conftest import NO_SEED
 
+from tff_fedavg import client_data
 from tff_fedavg.client_data import ClientDataset, DamagedFilesError, prepare_client_dataset, write_client_dataset
 from tff_fedavg.json_record import read_record, write_record
+from tff_fedavg.scratch import scratch_directory
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -365,9 +369,32 @@ def test_preparation_that_fails_leaves_nothing_behind(tmp_path, client_arrays):
 
 
 def test_what_a_killed_preparation_left_goes_with_the_next(tmp_path, client_arrays):
-    (tmp_path / ".preparing-killed" / "client_dataset").mkdir(parents=True)
+    with scratch_directory(tmp_path, ".preparing-") as running:
+        killed = shutil.copytree(running, tmp_path / ".preparing-killed")
+    (killed / "client_dataset").mkdir()
     directory = prepare(tmp_path, client_arrays).directory
     assert list(tmp_path.iterdir()) == [directory]
+
+
+def test_programs_that_find_the_same_damage_at_once_all_get_the_files_made_anew(tmp_path, client_arrays, monkeypatch):
+    directory = prepare(tmp_path, client_arrays).directory
+    found = threading.Barrier(2)
+    check = client_data._Manifest.read.__func__
+    looks = iter([found.wait, found.wait])
+
+    def read(cls, directory):
+        try:
+            return check(cls, directory)
+        finally:
+            next(looks, lambda: None)()  # Each has looked before one removes anything.
+
+    for _ in range(5):
+        (directory / "examples.bin").write_bytes(b"damaged")
+        looks = iter([found.wait, found.wait])
+        monkeypatch.setattr(client_data._Manifest, "read", classmethod(read))
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            datasets = list(pool.map(lambda _: prepare(tmp_path, client_arrays), range(2)))
+        assert [dataset.num_examples.sum() for dataset in datasets] == [50, 50]
 
 
 def test_runs_that_prepare_the_same_at_once_all_get_it(tmp_path, client_arrays):
@@ -453,7 +480,7 @@ def test_files_without_a_directory_are_there_until_the_program_ends(tmp_path):
         directory = dataset.directory
         del dataset
         gc.collect()
-        print(sorted(path.name for path in directory.iterdir()))
+        print(sorted(path.name for path in directory.glob("[!.]*")))
         print(directory)
     """
     environment = {"TMPDIR": str(tmp_path), "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -480,7 +507,19 @@ def test_files_without_a_directory_are_there_until_the_program_ends(tmp_path):
             r"'user' has the shape \[4\], but .* 5 examples",
         ),
         (dict(clients=dict(TABLE, user=USERS[:, None]), client_column="user"), r"'user' has the shape \[5, 1\], but"),
-        (dict(clients=dict(TABLE, user=["a", 1, "b", 2, None]), client_column="user"), "values that cannot be sorted"),
+        (
+            dict(clients=dict(TABLE, user=["a", 1, "b", 2, None]), client_column="user"),
+            r"'user' has values of several types \(NoneType, Number, str\): make all of them strings",
+        ),
+        (
+            dict(clients=dict(TABLE, user=np.array(["a", 1, "b", 2, 3], object)), client_column="user"),
+            "values that cannot be sorted",
+        ),
+        (dict(clients=dict(TABLE, user=["a", "a", np.nan, "b", "b"]), client_column="user"), "several types"),
+        (
+            dict(clients=dict(TABLE, user=np.ma.array(USERS, mask=[0, 0, 1, 0, 0])), client_column="user"),
+            "column 'user' has masked values",
+        ),
         (dict(clients=dict(TABLE, user=[1, 1, np.nan, 2, 2]), client_column="user"), "some are missing"),
         (dict(clients={"x": [], "y": [], "user": []}, client_column="user"), "needs at least one client"),
         (dict(clients=[]), "needs at least one client"),
@@ -665,3 +704,33 @@ def test_other_client_ids_are_refused(client_dataset, client_ids, error, message
     with pytest.raises(error, match=message) as raised:
         client_dataset.check_client_ids(client_ids)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("clients", [["a\0", "a"], [2**63 + 1, 2**63], [2**53 + 1, 2**53 + 0.0], [b"a\0", b"a"]])
+def test_clients_that_numpy_would_make_one_of_are_two(clients):
+    table = {"x": [1.0, 2.0], "y": [0, 1], "user": clients}
+    assert ClientDataset.from_arrays(table, client_column="user").num_examples.tolist() == [1, 1]
+
+
+Swapped = collections.namedtuple("Swapped", "y x")
+
+
+def test_named_tuples_are_taken_by_their_names():
+    data = tff.simulation.datasets.TestClientData({"a": {"pixels": np.ones([2, 3]), "digit": [7, 8]}})
+    elements = data.preprocess(lambda dataset: dataset.map(lambda e: Swapped(y=e["digit"], x=e["pixels"])))
+    arrays = {"pixels": np.ones([2, 3]), "digit": [7, 8]}
+    for dataset in (
+        ClientDataset.from_client_data(elements),
+        ClientDataset.from_arrays([arrays], lambda e: Swapped(y=e["digit"], x=e["pixels"])),
+    ):
+        x, y = dataset.batch(dataset.read(tf.constant(0)), tf.range(2), NO_SEED)
+        assert (x.shape, y.numpy().tolist()) == ([2, 3], [7, 8])
+
+
+def test_client_data_whose_elements_are_batches_are_refused():
+    data = tff.simulation.datasets.TestClientData({"a": {"pixels": np.ones([4, 3]), "digit": [7, 8, 7, 8]}})
+    batches = data.preprocess(lambda d: d.map(lambda e: (e["pixels"], e["digit"])).batch(2))
+    with pytest.raises(ValueError, match="which are batches: leave out batch, or take them apart"):
+        ClientDataset.from_client_data(batches)
+    whole = batches.preprocess(lambda dataset: dataset.unbatch())
+    assert ClientDataset.from_client_data(whole).num_examples.tolist() == [4]

@@ -36,3 +36,9 @@ def test_clients_are_called_in_equal_numbers_and_those_without_examples_not_at_a
     # Client 2 has no examples, 3 has most.
     assert evaluation.for_all_clients(computation, None, client_dataset) == {k: 10 * k for k in (0, 1, 3, 4, 5)}
     assert calls == [[3, 5], [4, 0], [1, 3]]
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5, None])
+def test_a_batch_size_that_would_never_end_is_refused(model, client_dataset, batch_size):
+    with pytest.raises((TypeError, ValueError), match=f"batch_size is {batch_size}; it must be"):
+        build_fed_eval(model, client_dataset, batch_size=batch_size)

@@ -10,6 +10,17 @@ from tff_fedavg.client_data import write_client_dataset
 from tff_fedavg.runtime import ComputationError
 
 CLIENTS = [0, 1, 3, 4]  # 7, 1, 20 and 10 examples.
+SGD = tff.learning.optimizers.build_sgdm(0.1)
+
+
+class Clipped(tff.learning.optimizers.Optimizer):
+    """Keeps its rate out of its state, as users write it."""
+
+    def initialize(self, specs):
+        return ()
+
+    def next(self, state, weights, gradients):
+        return state, tuple(w - 0.1 * tf.clip_by_norm(g, 1.0) for w, g in zip(weights, gradients))
 
 
 def weights_of(state):
@@ -301,16 +312,64 @@ def test_aggregators_that_need_secure_sums_are_refused_before_the_round(model, c
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(epochs=0), r"epochs \(E\) is 0; it must be at least 1"),
+        (dict(epochs=0), r"epochs \(E\) is 0; it must be from 1 to"),
         (dict(epochs=2**29, batch_size=4), r"epochs \(E\) is 536870912: a client with 20 examples makes 2,684,354,560"),
-        (dict(batch_size=2**31), r"batch_size \(B\) is 2147483648; it must be from 1 to 2,147,483,647, or None"),
-        (dict(batch_size=0), r"batch_size \(B\) is 0; it must be from 1 to"),
+        (
+            dict(batch_size=2**31),
+            r"batch_size \(B; None is B = inf\) is 2147483648; it must be from 1 to 2,147",
+        ),
+        (dict(batch_size=0), r"batch_size \(B; None is B = inf\) is 0; it must be from 1 to"),
         (dict(learning_rate=-0.1), r"learning_rate \(eta\) is -0.1; it must be a number above 0"),
         (dict(learning_rate=float("nan")), r"learning_rate \(eta\) is nan"),
         (dict(learning_rate=lambda t: 1 / "a"), "learning_rate fails: TypeError: "),
+        (dict(learning_rate=lambda t: tf.constant([0.1, 0.2])), r"is a function that returns TensorSpec\(shape=\(2,\)"),
+        (dict(learning_rate=lambda t: None), "is a function that returns None; it must return a number"),
+        (dict(client_optimizer=Clipped()), "learning_rate is given, but Clipped has none in its hyperparameters"),
+        (
+            dict(client_optimizer=tff.learning.optimizers.schedule_learning_rate(SGD, lambda t: 0.1)),
+            "learning_rate is given, but _ScheduledLROptimizer has none",
+        ),
         (dict(proximal_strength=-1.0), r"proximal_strength \(mu\) is -1.0; it must be a number from 0 on"),
     ],
 )
 def test_arguments_out_of_range_are_refused(model, client_dataset, change, message):
     with pytest.raises(ValueError, match=message):
         build_fed_avg(model, client_dataset, **{"epochs": 1, "batch_size": 5, "learning_rate": 0.1, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(epochs=2.0), r"epochs \(E\) is 2.0; it must be an integer"),
+        (dict(epochs=True), r"epochs \(E\) is True; it must be an integer"),
+        (dict(batch_size="5"), r"batch_size \(B; None is B = inf\) is '5'; it must be an integer"),
+        (dict(seed=None), "seed is None; it must be an integer"),
+        (dict(proximal_strength="1"), r"proximal_strength \(mu\) is '1'; it must be a number"),
+        (dict(learning_rate=0.1j), r"learning_rate \(eta\) is 0.1j; it must be a number or a function"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_by_name(model, client_dataset, change, message):
+    with pytest.raises(TypeError, match=message):
+        build_fed_avg(model, client_dataset, **{"epochs": 1, "batch_size": 5, "learning_rate": 0.1, **change})
+
+
+def test_a_computation_is_called_by_the_names_of_its_parameters_too(worker, model, client_dataset):
+    process = build_fed_avg(model, client_dataset, epochs=1, batch_size=5, learning_rate=0.1)
+    state = process.initialize()
+    evaluate = build_fed_eval(model, client_dataset)
+    by_place, by_name = process.next(state, [0]), process.next(client_ids=[0], state=state)
+    assert max_difference(weights_of(by_place.state), weights_of(by_name.state)) == 0
+    assert evaluate(weights=state.global_model_weights, client_ids=[3]) == evaluate(state.global_model_weights, [3])
+
+
+def test_a_value_of_another_kind_is_told_in_one_line_with_what_to_give(worker, model, client_dataset):
+    process = build_fed_avg(model, client_dataset, epochs=1, batch_size=5, learning_rate=0.1)
+    state = process.initialize()
+    message = "^state is a LearningProcessOutput; it must be a LearningAlgorithmState: give its state$"
+    with pytest.raises(TypeError, match=message):
+        process.next(process.next(state, [0]), [0])
+    message = "^weights is a LearningAlgorithmState; it must be a ModelWeights: give its global_model_weights$"
+    with pytest.raises(TypeError, match=message):
+        build_fed_eval(model, client_dataset)(state, [0])
+    with pytest.raises(TypeError, match="^state is a ModelWeights; it must be a LearningAlgorithmState$"):
+        process.next(state.global_model_weights, [0])

@@ -230,6 +230,33 @@ def test_losses_as_keras_takes_them(worker, arrays, dataset_of, loss):
     assert_step_is_kerass(worker, build, loss, dataset_of("x", "value"), arrays["x"], arrays["value"])
 
 
+def negative_log_likelihood(y_true, y_pred):
+    mean, log_variance = y_pred[:, :1], y_pred[:, 1:]
+    return 0.5 * (log_variance + tf.square(y_true - mean) / tf.exp(log_variance))
+
+
+@pytest.mark.parametrize(
+    ("loss", "units"),
+    [
+        (negative_log_likelihood, 2),
+        ("mse", 3),
+        ("mse", 12),  # As many as examples.
+        (lambda y_true, y_pred: tf.reduce_mean(tf.square(y_true[:, 0] - y_pred[:, 0])), 2),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("sample_weight", [None, "weight"])
+def test_labels_have_the_rank_and_dtype_that_keras_gives_them(
+    worker, arrays, dataset_of, loss, units, dtype, sample_weight
+):
+    columns = {**arrays, "value": arrays["value"].astype(dtype)}
+    weight = [] if sample_weight is None else [sample_weight]
+    dataset = ClientDataset.from_arrays([columns], lambda e: tuple(e[name] for name in ("x", "value", *weight)))
+    build = functools.partial(sequential, units=units)
+    weights = [columns[name] for name in weight]
+    assert_step_is_kerass(worker, build, loss, dataset, columns["x"], columns["value"], *weights)
+
+
 def test_losses_of_single_examples_are_averaged(worker, dataset_of):
     dataset = dataset_of("x", "label")
     losses = [tf.keras.losses.SparseCategoricalCrossentropy(True, reduction=r) for r in ("none", "sum_over_batch_size")]
@@ -447,8 +474,9 @@ def test_a_function_is_a_metric_as_in_keras(worker, arrays, dataset_of):
     assert found == pytest.approx(np.mean(np.abs(arrays["value"] - outputs) ** 1.5), rel=1e-5)
 
 
-def test_metrics_of_a_regression_are_those_of_keras(worker, arrays, dataset_of):
-    model = sequential(units=1)
+@pytest.mark.parametrize("units", [1, 2, 12])
+def test_metrics_of_a_regression_are_those_of_keras(worker, arrays, dataset_of, units):
+    model = sequential(units=units)
     metrics = ["mae", tf.keras.metrics.RootMeanSquaredError(), tf.keras.metrics.MeanSquaredError]
     found = evaluate(worker, model, "mse", dataset_of("x", "value"), metrics)
     model.compile(loss="mse", metrics=["mae", "RootMeanSquaredError", "MeanSquaredError"])
@@ -499,3 +527,16 @@ def test_the_loss_of_texts_is_the_mean_over_the_lines_of_what_is_trained_on(work
     weights = tff.learning.models.ModelWeights(*functional.initial_weights)
     loss = build_fed_eval(functional, dataset, batch_size=2)(weights, [0])["loss"]
     assert loss == pytest.approx(np.log(10) * (4 + 1 + 2) / 5 / 3, rel=1e-6)  # ln 10 a symbol.
+
+
+@pytest.mark.parametrize(("integer", "number"), [(np.int8, int), (np.int64, np.float64), (np.uint16, np.float16)])
+def test_numbers_may_be_of_any_type(worker, dataset_of, integer, number):
+    dataset = dataset_of("x", "label")
+    model = functional_model_from_keras(sequential(), SPARSE, dataset.batch_spec)
+
+    def run(integer, number):
+        settings = dict(epochs=integer(2), batch_size=integer(5), learning_rate=number(1), seed=integer(3))
+        process = build_fed_avg(model, dataset, **settings)
+        return process.next(process.initialize(), [0]).state.global_model_weights.trainable
+
+    assert max_difference(run(integer, number), run(int, float)) == 0

@@ -173,3 +173,15 @@ def test_more_pieces_than_examples_are_refused():
         partition.pathological(np.zeros(10), 6, 0)
     with pytest.raises(ValueError, match="must be at least 1"):
         partition.unbalanced_iid(10, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["pathological", "unbalanced_pathological", "dirichlet"])
+def test_labels_may_be_a_column_as_keras_has_them_and_no_other_shape(name):
+    labels = np.random.default_rng(0).integers(0, 10, 1000)
+    more = {"dirichlet_alpha": 1.0} if name == "dirichlet" else {}
+    expected = partition.build_partition(name, labels, 10, 0, **more)
+    for labels_of_keras in (labels[:, None], labels[:, None].tolist()):
+        found = partition.build_partition(name, labels_of_keras, 10, 0, **more)
+        assert all(map(np.array_equal, found, expected))
+    with pytest.raises(ValueError, match=r"labels has the shape \[1000, 10\]; .* of one-hot labels take labels.argmax"):
+        partition.build_partition(name, np.eye(10)[labels], 10, 0, **more)

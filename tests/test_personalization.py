@@ -84,7 +84,7 @@ def test_a_fifth_is_held_out_and_at_least_one_example():
     ("arguments", "message"),
     [
         ({"epochs": 0}, r"epochs \(E\) is 0"),
-        ({"batch_size": 0}, r"batch_size \(B\) is 0"),
+        ({"batch_size": 0}, r"batch_size \(B; None is B = inf\) is 0"),
         ({"learning_rate": -1.0}, r"learning_rate \(eta\) is -1.0"),
     ],
 )

@@ -41,3 +41,18 @@ def test_every_client_is_sampled_equally_often():
 def test_fraction_outside_0_to_1_is_refused(fraction):
     with pytest.raises(ValueError, match=r"client_fraction \(C\) is .*; it must be in \[0, 1\]"):
         build_sampling_fn(100, fraction, 0)
+
+
+def test_integers_of_any_type_are_seeds_and_rounds_and_others_are_refused():
+    expected = build_sampling_fn(100, 0.05, 5)(3)
+    assert build_sampling_fn(100, 0.05, np.int64(5))(np.int32(3)) == expected
+    for seed in (1.5, "a", None, True):
+        with pytest.raises(TypeError, match="seed is .*; it must be an integer"):
+            build_sampling_fn(100, 0.05, seed)
+    with pytest.raises(ValueError, match="seed is -1; it must be from 0 to"):
+        build_sampling_fn(100, 0.05, -1)
+
+
+def test_a_fraction_is_what_is_written_in_any_precision():
+    for fraction in (np.float16(0.29), np.float32(0.29), np.float64(0.29), 0.29):
+        assert num_sampled_clients(100, fraction) == 29

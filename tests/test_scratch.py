@@ -31,7 +31,11 @@ def test_what_a_killed_program_left_goes_and_what_is_in_use_or_not_ours_stays(tm
     (tmp_path / "tff_fedavg-file").write_text("")
     (tmp_path / "other").mkdir()
     (tmp_path / "tff_fedavg-link").symlink_to(tmp_path / "other")
+    (tmp_path / "tff_fedavg-0.1.0").mkdir()
+    (tmp_path / "tff_fedavg-0.1.0" / "thesis").write_text("content")
     with scratch_directory(tmp_path) as first, scratch_directory(tmp_path) as second:
         assert first.is_dir() and second.is_dir() and first != second
         assert not left.exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "tff_fedavg-file", "tff_fedavg-link"]
+    stays = ["other", "tff_fedavg-0.1.0", "tff_fedavg-file", "tff_fedavg-link"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == stays
+    assert (tmp_path / "tff_fedavg-0.1.0" / "thesis").read_text() == "content"

@@ -7,7 +7,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_fedavg.client_data import ClientDataset
-from tff_fedavg.client_update import sgd_step
+from tff_fedavg.client_update import as_integer, sgd_step
 from tff_fedavg.fed_avg import LearningRate, check_model_and_data, traced_learning_rate
 
 
@@ -41,8 +41,8 @@ class CentralizedSGD:
           TypeError: If an argument has another type.
           ValueError: If an argument is out of range, or there are no examples.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size (B) is {batch_size}; it must be at least 1")
+        batch_size = as_integer("batch_size (B)", batch_size)
+        seed = as_integer("seed", seed, 0, 2**63 - 1)
         learning_rate = traced_learning_rate(learning_rate)
         check_model_and_data(model, client_dataset)
         self._model = model

@@ -14,6 +14,7 @@ import atexit
 import collections
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import inspect
 import json
@@ -313,7 +314,7 @@ def write_client_dataset(
                     num_clients,
                     unit=" clients",
                     delay=2,
-                    disable=not sys.stderr.isatty(),
+                    disable=None,
                 ),
             )
         np.asarray(offsets, "<i8").tofile(directory / _OFFSETS)
@@ -410,11 +411,15 @@ def prepare_client_dataset(
     directory = cache_dir / f"{key['name']}-{digest[:16]}"
     remove_left(cache_dir, _PREPARING)
     if os.path.lexists(directory):
-        try:
+        with contextlib.suppress(DamagedFilesError):
             return ClientDataset(directory, preprocess_fn)
-        except DamagedFilesError as e:
-            print(f"{e}; preparing it anew", file=sys.stderr)
-            _remove_client_dataset(directory)
+        with _locked(cache_dir):
+            if os.path.lexists(directory):  # Another program may have found it damaged, too.
+                try:
+                    return ClientDataset(directory, preprocess_fn)
+                except DamagedFilesError as e:
+                    print(f"{e}; preparing it anew", file=sys.stderr)
+                    _remove_client_dataset(directory)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with scratch_directory(cache_dir, _PREPARING) as scratch:
@@ -428,6 +433,18 @@ def prepare_client_dataset(
     except OSError as e:
         raise OSError(f"the client files could not be written to {cache_dir}: {e.strerror or e}") from e
     return ClientDataset(directory, preprocess_fn)
+
+
+@contextlib.contextmanager
+def _locked(directory: pathlib.Path) -> Iterator[None]:
+    """Keeps other programs that do the same waiting, where the file system has locks."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _remove_client_dataset(directory: pathlib.Path) -> None:
@@ -467,6 +484,8 @@ def _trace(preprocess_fn: PreprocessFn, element_spec: Mapping[str, tf.TensorSpec
 
     def preprocess(features, seed):
         batch = preprocess_fn(features, seed) if takes_seed else preprocess_fn(features)
+        if {"x", "y"} <= set(getattr(batch, "_fields", ())):  # Of a named tuple, in whatever order.
+            batch = batch._asdict()
         if isinstance(batch, Mapping) and {"x", "y"} <= batch.keys() <= {*columns.PARTS_OF_A_BATCH}:
             batch = tuple(batch[name] for name in columns.PARTS_OF_A_BATCH if name in batch)
         if not isinstance(batch, (tuple, list)) or not 2 <= len(batch) <= 3:

@@ -1,6 +1,7 @@
 """Computations whose last argument is the ids of clients: checked, and dealt out, before TFF's worker sees them."""
 
 import heapq
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,14 +32,30 @@ class _ForClients(tff.framework.ConcreteComputation):
             annotated_type=computation.type_signature,
         )
         self._client_dataset = client_dataset
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        names = [name for name, _ in tff.structure.to_elements(computation.type_signature.parameter)]
+        self._signature = inspect.Signature([inspect.Parameter(name, kind) for name in names])
         self._takes_shares = computation.type_signature.parameter[1].member.shape == (None,)
 
-    def __call__(self, server_value: Any, client_ids: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        server_value, client_ids = self._signature.bind(*args, **kwargs).args
         if not isinstance(client_ids, tff.Value):  # As it is where another computation is made of this one.
             client_ids = self._client_dataset.check_client_ids(client_ids)
+            self._check(server_value)
+            runtime.check_entered()
             runtime.require_client_files(self._client_dataset.directory)
             return self._call(server_value, client_ids)
         return super().__call__(server_value, client_ids)
+
+    def _check(self, server_value: Any) -> None:
+        """Raises a `TypeError` for another kind of value than the server's, where TFF would print all that is in it."""
+        kind = getattr(self.type_signature.parameter[0].member, "python_container", None)
+        if kind is None or isinstance(server_value, (kind, tff.Value, tff.structure.Struct)):
+            return
+        (name, _), *_ = self._signature.parameters.items()
+        parts = ("state", "global_model_weights")
+        hint = "".join(f": give its {part}" for part in parts if isinstance(getattr(server_value, part, None), kind))
+        raise TypeError(f"{name} is a {type(server_value).__name__}; it must be a {kind.__name__}{hint}")
 
     def _call(self, server_value: Any, client_ids: list[int]) -> Any:
         try:

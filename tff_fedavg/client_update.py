@@ -1,8 +1,10 @@
 """ClientUpdate(k, w) of Algorithm 1, and the client's half of FedSGD, as plain TensorFlow functions."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
@@ -18,6 +20,7 @@ BatchFn = Callable[[tf.Tensor, tf.Tensor], Batch]
 _OF_THE_MODEL = 1
 
 _INT32_MAX = 2**31 - 1  # In which steps and examples are counted.
+_SEEDS = (-(2**63), 2**63 - 1)
 
 
 def client_update(
@@ -92,16 +95,31 @@ def client_update(
     return w, loss_sum
 
 
-def check_epochs_and_batch_size(epochs: int, batch_size: int | None, num_examples: Sequence[int]) -> None:
-    """Checks E and B of `client_update` for clients with so many examples.
+def as_integer(name: str, value: Any, lowest: int = 1, highest: int = _INT32_MAX) -> int:
+    """Returns an integer argument, of whatever type, as an int.
 
     Raises:
+      TypeError: If it is no integer.
+      ValueError: If it is out of range.
+    """
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {value!r}; it must be an integer")
+    if not lowest <= operator.index(value) <= highest:
+        raise ValueError(f"{name} is {value}; it must be from {lowest:,} to {highest:,}")
+    return operator.index(value)
+
+
+def as_epochs_and_batch_size(
+    epochs: int, batch_size: int | None, num_examples: Sequence[int]
+) -> tuple[int, int | None]:
+    """Returns E and B of `client_update`, checked for clients with so many examples.
+
+    Raises:
+      TypeError: If one is no integer.
       ValueError: If one is out of range, or a client would make more steps than are counted, in int32.
     """
-    if epochs < 1:
-        raise ValueError(f"epochs (E) is {epochs}; it must be at least 1")
-    if batch_size is not None and not 1 <= batch_size <= _INT32_MAX:
-        raise ValueError(f"batch_size (B) is {batch_size}; it must be from 1 to {_INT32_MAX:,}, or None for B = inf")
+    epochs = as_integer("epochs (E)", epochs)
+    batch_size = None if batch_size is None else as_integer("batch_size (B; None is B = inf)", batch_size)
     most_examples = int(max(num_examples))
     steps = epochs * -(-most_examples // (batch_size or max(most_examples, 1)))
     if steps > _INT32_MAX:
@@ -109,6 +127,7 @@ def check_epochs_and_batch_size(epochs: int, batch_size: int | None, num_example
             f"epochs (E) is {epochs}: a client with {most_examples} examples makes {steps:,} steps of them; at most "
             f"{_INT32_MAX:,} can be counted"
         )
+    return epochs, batch_size
 
 
 def sgd_step(
@@ -126,7 +145,7 @@ def sgd_step(
 
 def minibatch_seed(seed: int, round_number: tf.Tensor, client_id: tf.Tensor) -> tf.Tensor:
     """Returns the int64 `[2]` seed with which a client splits its data in a round (int32 scalars)."""
-    key = tf.constant([seed, 0], tf.int64)
+    key = tf.constant([as_integer("seed", seed, *_SEEDS), 0], tf.int64)
     for value in (round_number, client_id):
         key = tf.random.experimental.stateless_fold_in(key, tf.cast(value, tf.int64))
     return key
@@ -184,7 +203,13 @@ def _optimizer_state(optimizer, weights, learning_rate):
         return ()
     state = optimizer.initialize(tuple(tf.TensorSpec(w.shape, w.dtype) for w in weights.trainable))
     if learning_rate is not None:
-        state = optimizer.set_hparams(state, {tff.learning.optimizers.LEARNING_RATE_KEY: learning_rate})
+        rate = tff.learning.optimizers.LEARNING_RATE_KEY
+        if rate not in optimizer.get_hparams(state):
+            raise ValueError(
+                f"learning_rate is given, but {type(optimizer).__name__} has none in its hyperparameters that it could "
+                "replace: leave it out"
+            )
+        state = optimizer.set_hparams(state, {rate: learning_rate})
     return tf.nest.map_structure(tf.convert_to_tensor, state)
 
 

@@ -3,6 +3,7 @@
 A column has one row for each example. An error says which client and which column it is about, and what to do.
 """
 
+import numbers
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -103,7 +104,7 @@ def split_by_client(columns: Mapping[str, Any], client_column: str) -> Iterator[
         raise ValueError(f"client_column is {client_column!r}, but the columns are {listed(columns)}")
     arrays = to_arrays({name: column for name, column in columns.items() if name != client_column}, "the table")
     num_examples = max(0 if array is None else len(array) for array in arrays.values())
-    owners = np.asarray(columns[client_column])
+    owners = _owners(columns[client_column], client_column)
     if owners.shape != (num_examples,):
         shape = list(owners.shape)
         raise ValueError(f"column {client_column!r} has the shape {shape}, but there are {num_examples} examples")
@@ -115,6 +116,20 @@ def split_by_client(columns: Mapping[str, Any], client_column: str) -> Iterator[
         raise ValueError(f"column {client_column!r} has values that cannot be sorted ({e}): make them strings") from e
     for indices in clients:
         yield {name: array[indices] for name, array in arrays.items()}
+
+
+def _owners(column: Any, name: str) -> np.ndarray:
+    """Returns a column of clients, in which NumPy has not made one client of two."""
+    if np.ma.is_masked(column):
+        raise ValueError(f"column {name!r} has masked values: fill them in, or leave their examples out")
+    if not isinstance(column, (list, tuple)):
+        return np.asarray(column)
+    comparable = (str, bytes, numbers.Number)
+    kinds = {next((kind for kind in comparable if isinstance(value, kind)), type(value)) for value in column}
+    if len(kinds) > 1:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise ValueError(f"column {name!r} has values of several types ({names}): make all of them strings")
+    return np.fromiter(column, object, len(column))
 
 
 def read_client_data(client_data: tff.simulation.datasets.ClientData) -> Iterator[dict[str, Any]]:
@@ -147,6 +162,8 @@ def _names_of_parts(structure: Any) -> dict[str, Any]:
     """Returns the key, in an element, of each column."""
     if isinstance(structure, Mapping):
         names = {name: name for name in structure}
+    elif {"x", "y"} <= set(getattr(structure, "_fields", ())):
+        names = {name: structure._fields.index(name) for name in structure._fields}
     elif isinstance(structure, tuple) and len(structure) <= len(PARTS_OF_A_BATCH):
         names = {name: i for i, name in enumerate(PARTS_OF_A_BATCH[: len(structure)])}
     else:
@@ -156,6 +173,12 @@ def _names_of_parts(structure: Any) -> dict[str, Any]:
         raise ValueError(
             f"client_data has elements {structure}, but takes mappings from names to tensors, or tuples (x, y): "
             f"{'parse' if is_serialized else 'map'} them with client_data.preprocess(lambda dataset: dataset.map(...))"
+        )
+    shapes = [structure[key].shape for key in names.values()]
+    if all(shape.rank and shape[0] is None for shape in shapes) and len({shape.rank for shape in shapes}) > 1:
+        raise ValueError(
+            f"client_data has elements {structure}, which are batches: leave out batch, or take them apart with "
+            "client_data.preprocess(lambda dataset: dataset.unbatch())"
         )
     return names
 

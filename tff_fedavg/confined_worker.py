@@ -14,6 +14,7 @@ ADDRESS cannot be had. The file of a unix socket that nobody listens at is repla
 modules, and starts in some 20 ms.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -157,7 +158,8 @@ def _connect(port: int) -> socket.socket:
 def _move(source: socket.socket, sink: socket.socket) -> None:
     """Moves bytes from one socket to the other, inside the kernel, until the end of the first."""
     reader, writer = os.pipe()
-    fcntl.fcntl(writer, _F_SETPIPE_SZ, _CHUNK)
+    with contextlib.suppress(OSError):  # Of all pipes of a user the kernel lets only so many be larger than usual.
+        fcntl.fcntl(writer, _F_SETPIPE_SZ, _CHUNK)
     try:
         while waiting := os.splice(source.fileno(), writer, _CHUNK):
             while waiting:

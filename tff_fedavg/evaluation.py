@@ -1,6 +1,5 @@
 """Evaluation of model weights, on a whole data set or on that of each client, as federated computations."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import tqdm
 
 from tff_fedavg.client_data import ClientDataset
 from tff_fedavg.client_ids import for_clients_of
+from tff_fedavg.client_update import as_integer
 from tff_fedavg.fed_avg import check_model_and_data
 
 # The worker prepares anew for each number of clients that it meets.
@@ -92,7 +92,7 @@ def for_all_clients(
     clients = sorted(client_dataset.num_examples.nonzero()[0].tolist(), key=lambda k: -client_dataset.num_examples[k])
     size = min(_CLIENTS_PER_CALL, len(clients))
     results = {}
-    with tqdm.tqdm(total=len(clients), unit=" clients", delay=2, disable=not sys.stderr.isatty()) as bar:
+    with tqdm.tqdm(total=len(clients), unit=" clients", delay=2, disable=None) as bar:
         for start in range(0, len(clients), size):
             called = clients[start : start + size]
             filled_up = called + clients[: size - len(called)]
@@ -106,6 +106,7 @@ def _client_metrics(
 ) -> tuple[tff.Type, tff.Computation]:
     """Returns the type of the model's weights, and the computation of the unfinalized metrics of a client."""
     check_model_and_data(model, client_dataset)
+    batch_size = as_integer("batch_size", batch_size)
     weights_type = model_weights_type(model)
 
     @tff.tensorflow.computation(weights_type, np.int32)

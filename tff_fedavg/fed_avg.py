@@ -17,6 +17,7 @@ updates and not of all, and with more clients no longer for each. Another aggreg
 """
 
 import collections
+import numbers
 from collections.abc import Callable
 
 import numpy as np
@@ -26,7 +27,7 @@ import tensorflow_federated as tff
 from tff_fedavg.client_data import ClientDataset
 from tff_fedavg.client_ids import for_clients_of
 from tff_fedavg.client_update import (
-    check_epochs_and_batch_size,
+    as_epochs_and_batch_size,
     client_gradient,
     client_update,
     minibatch_seed,
@@ -87,7 +88,9 @@ def build_fed_avg(
       ValueError: If an argument is out of range, or the aggregator needs more than TFF's runtime can do.
     """
     check_model_and_data(model, client_dataset)
-    check_epochs_and_batch_size(epochs, batch_size, client_dataset.num_examples)
+    epochs, batch_size = as_epochs_and_batch_size(epochs, batch_size, client_dataset.num_examples)
+    if not isinstance(proximal_strength, numbers.Real):
+        raise TypeError(f"proximal_strength (mu) is {proximal_strength!r}; it must be a number")
     if not 0 <= proximal_strength < np.inf:
         raise ValueError(f"proximal_strength (mu) is {proximal_strength}; it must be a number from 0 on")
     check_optimizer("client_optimizer", client_optimizer)
@@ -371,9 +374,13 @@ def traced_learning_rate(learning_rate: LearningRate) -> Callable[[tf.Tensor], f
     """
     if callable(learning_rate):
         traced = TracedFunction("learning_rate", learning_rate, [tf.TensorSpec([], tf.float32)])
+        spec = traced.output_spec
+        is_number = isinstance(spec, tf.TensorSpec) and spec.shape.rank == 0
+        if not (is_number and (spec.dtype.is_floating or spec.dtype.is_integer)):
+            raise ValueError(f"learning_rate (eta) is a function that returns {spec}; it must return a number")
         return lambda round_number: tf.cast(traced(tf.cast(round_number, tf.float32)), tf.float32)
-    if isinstance(learning_rate, bool) or not isinstance(learning_rate, (int, float, np.number)):
+    if isinstance(learning_rate, bool) or not isinstance(learning_rate, numbers.Real):
         raise TypeError(f"learning_rate (eta) is {learning_rate!r}; it must be a number or a function of the rounds")
     if not learning_rate > 0 or not np.isfinite(learning_rate):
         raise ValueError(f"learning_rate (eta) is {learning_rate}; it must be a number above 0")
-    return lambda round_number: learning_rate
+    return lambda round_number: float(learning_rate)

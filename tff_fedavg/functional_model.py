@@ -91,8 +91,9 @@ class KerasFunctionalModel(tff.learning.models.FunctionalModel):
             )
         except ChangedVariableError as e:
             raise ValueError(_changed_in_training(keras_model, e)) from e
-        if _lacks_rank_of(output_spec, y_spec):
-            y_spec = tf.TensorSpec([None, 1], y_spec.dtype)
+        matched = tf.function(lambda *args: _as_keras_has_them(*args)[0], autograph=False)
+        matched_labels = matched.get_concrete_function(output_spec, y_spec).structured_outputs
+        y_spec = tf.nest.map_structure(lambda label: tf.TensorSpec(label.shape, label.dtype), matched_labels)
         constructors = _metric_constructors(metrics, loss_fn, output_spec, y_spec, mask_spec)
         metrics_fns = _metrics_fns(constructors, output_spec, y_spec, mask_spec)
         super().__init__(
@@ -125,7 +126,7 @@ class KerasFunctionalModel(tff.learning.models.FunctionalModel):
     ) -> Any:
         """As of any functional model; metrics are not weighted, as those of `tf.keras.Model.compile(metrics=...)`."""
         output = batch_output.predictions
-        labels = _with_rank_of(output, labels)
+        labels, _ = _as_keras_has_them(output, labels)
         if mask := _masks(output):
             batch_output = tff.learning.models.BatchOutput(predictions=(output, *mask))
         return super().update_metrics_state(state, labels, batch_output, sample_weight)
@@ -220,20 +221,29 @@ def _loss_fn(loss: Loss) -> Callable[..., tf.Tensor]:
         loss = tf.keras.__internal__.losses.LossFunctionWrapper(loss)
 
     def loss_fn(output: Any, label: Any, sample_weight: tf.Tensor | None = None) -> tf.Tensor:
-        value = loss(_with_rank_of(output, label), output, sample_weight)
+        label, sample_weight = _as_keras_has_them(output, label, sample_weight)
+        value = loss(label, output, sample_weight)
         return value if value.shape.rank == 0 else tf.reduce_mean(value)
 
     return loss_fn
 
 
-def _with_rank_of(output: Any, label: Any) -> Any:
-    """Returns labels `[batch]` as `[batch, 1]` where the outputs are so: else both would be spread to a square."""
-    return label[:, tf.newaxis] if _lacks_rank_of(output, label) else label
+def _as_keras_has_them(output: Any, label: Any, sample_weight: tf.Tensor | None = None) -> tuple[Any, tf.Tensor | None]:
+    """Returns labels and sample weights as `Model.fit` gives them to losses and metrics.
 
-
-def _lacks_rank_of(output: Any, label: Any) -> bool:
-    output_shape, label_shape = getattr(output, "shape", None), getattr(label, "shape", None)
-    return None not in (output_shape, label_shape) and output_shape[1:] == [1] and label_shape.rank == 1
+    Those `[batch]` are `[batch, 1]` where the outputs are of rank 2, lest both be spread to a square; and they have the
+    outputs' dtype, but for integers where the outputs are none.
+    """
+    if not (tf.is_tensor(output) and tf.is_tensor(label)):
+        return label, sample_weight
+    if output.shape.rank == 2:
+        label, sample_weight = (
+            tensor[:, tf.newaxis] if tensor is not None and tensor.shape.rank == 1 else tensor
+            for tensor in (label, sample_weight)
+        )
+    if (label.dtype.is_floating, label.dtype.is_integer) == (output.dtype.is_floating, output.dtype.is_integer):
+        label = tf.cast(label, output.dtype)
+    return label, sample_weight if sample_weight is None else tf.cast(sample_weight, output.dtype)
 
 
 def _masks(output: Any) -> list[tf.Tensor]:

@@ -67,6 +67,7 @@ def pathological(labels: np.ndarray, num_clients: int, seed: int, *, shards_per_
       ValueError: If there are more shards than examples.
     """
     num_shards = num_clients * shards_per_client
+    labels = _one_per_example(labels)
     _check_counts(len(labels), num_clients, num_shards)
     shards = np.array_split(np.argsort(labels, kind="stable"), num_shards)
     return _deal(shards, num_clients, seed)
@@ -84,6 +85,7 @@ def unbalanced_pathological(
 ) -> Partition:
     """As `pathological`, with shards of log-normal size (at least 1 example)."""
     num_shards = num_clients * shards_per_client
+    labels = _one_per_example(labels)
     _check_counts(len(labels), num_clients, num_shards)
     rng = np.random.default_rng(seed)
     shards = _cut_log_normal(np.argsort(labels, kind="stable"), num_shards, rng)
@@ -110,6 +112,7 @@ def dirichlet(labels: np.ndarray, num_clients: int, seed: int, *, alpha: float) 
     Raises:
       ValueError: If there are more clients than examples, or alpha is out of range.
     """
+    labels = _one_per_example(labels)
     _check_counts(len(labels), num_clients, num_clients)
     if not isinstance(alpha, numbers.Real) or not 0 < alpha < np.inf:
         raise ValueError(f"alpha is {alpha}; it must be a number above 0")
@@ -161,6 +164,19 @@ def _cut_log_normal(order: np.ndarray, num_pieces: int, rng: np.random.Generator
     # Each piece has one example for certain; the weights divide the others.
     others = np.round(np.cumsum(weights) / np.sum(weights) * (len(order) - num_pieces)).astype(np.int64)
     return np.split(order, (others + np.arange(1, num_pieces + 1))[:-1])
+
+
+def _one_per_example(labels: np.ndarray) -> np.ndarray:
+    """Returns labels as `[n]`; they may be `[n, 1]`, as Keras has them."""
+    labels = np.asarray(labels)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1:
+        raise ValueError(
+            f"labels has the shape {list(labels.shape)}; it must have one for each example: of one-hot labels take "
+            "labels.argmax(1)"
+        )
+    return labels
 
 
 def _check_counts(num_examples: int, num_clients: int, num_pieces: int) -> None:

@@ -8,7 +8,7 @@ import tensorflow_federated as tff
 
 from tff_fedavg.client_data import ClientDataset
 from tff_fedavg.client_ids import for_clients_of
-from tff_fedavg.client_update import check_epochs_and_batch_size, client_update, minibatch_seed
+from tff_fedavg.client_update import as_epochs_and_batch_size, client_update, minibatch_seed
 from tff_fedavg.evaluation import metrics_state, model_weights_type
 from tff_fedavg.fed_avg import check_model_and_data, traced_learning_rate
 
@@ -58,7 +58,7 @@ def build_personalization_eval(
       ValueError: If an argument is out of range.
     """
     check_model_and_data(model, client_dataset)
-    check_epochs_and_batch_size(epochs, batch_size, client_dataset.num_examples)
+    epochs, batch_size = as_epochs_and_batch_size(epochs, batch_size, client_dataset.num_examples)
     eta = traced_learning_rate(learning_rate)
     weights_type = model_weights_type(model)
 

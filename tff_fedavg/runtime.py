@@ -15,6 +15,7 @@ import pathlib
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ _UNREACHED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, gr
 # Slow and fast workers even out where each gets several shares of a round, if those are not too small.
 _SUBROUNDS_PER_WORKER = 4
 _CLIENTS_PER_SHARE = 4
+_TFFS_OWN = tff.framework.get_context_stack().current
 
 
 @contextlib.contextmanager
@@ -103,6 +105,23 @@ def num_shares(num_clients: int) -> int:
     if isinstance(context, _Context):
         return context.num_shares(num_clients)
     return _num_shares(num_clients, len(os.sched_getaffinity(0)))
+
+
+def check_entered() -> None:
+    """Warns if no worker of this module has been entered, and TFF's own computes.
+
+    Raises:
+      RuntimeError: If there is none either, as in another thread.
+    """
+    context = tff.framework.get_context_stack().current
+    if context is _TFFS_OWN:
+        warnings.warn(
+            "no local_worker() or remote_workers() is entered: TFF's own worker computes, which takes longer, and "
+            "whoever reaches this machine can reach it",
+            stacklevel=3,
+        )
+    elif type(context).__name__ == "RuntimeErrorContext":
+        raise RuntimeError("no worker is entered in this thread: enter local_worker() or remote_workers() in it")
 
 
 def require_client_files(directory: pathlib.Path) -> None:

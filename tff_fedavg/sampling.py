@@ -1,9 +1,12 @@
 """Sampling of the clients that take part in a round (Algorithm 1: m <- max(C K, 1); S_t <- random set of m clients)."""
 
-import functools
+import operator
 from collections.abc import Callable
 
+import numpy as np
 import tensorflow_federated as tff
+
+from tff_fedavg.client_update import as_integer
 
 
 def num_sampled_clients(num_clients: int, client_fraction: float) -> int:
@@ -14,6 +17,8 @@ def num_sampled_clients(num_clients: int, client_fraction: float) -> int:
     """
     if not 0 <= client_fraction <= 1:
         raise ValueError(f"client_fraction (C) is {client_fraction}; it must be in [0, 1]")
+    if isinstance(client_fraction, np.floating):
+        client_fraction = float(str(client_fraction))  # As it is written: in float32 0.29 is a little less.
     # Without the small term 0.29 * 100 would round down to 28.
     return max(int(client_fraction * num_clients + 1e-9), 1)
 
@@ -24,7 +29,11 @@ def build_sampling_fn(num_clients: int, client_fraction: float, seed: int) -> Ca
     S_t depends on the seed and on t alone, so a run that resumes at round t goes on with the same clients.
 
     Raises:
-      ValueError: If C is not in [0, 1].
+      TypeError: If the seed is no integer.
+      ValueError: If C is not in [0, 1], or the seed not in [0, 2^32).
     """
+    # TFF takes no notice of a seed that is not of Python's own type.
+    seed = as_integer("seed", seed, 0, 2**32 - 1)
     sample = tff.simulation.build_uniform_sampling_fn(range(num_clients), replace=False, random_seed=seed)
-    return functools.partial(sample, size=num_sampled_clients(num_clients, client_fraction))
+    num_sampled = num_sampled_clients(num_clients, client_fraction)
+    return lambda round_number: sample(operator.index(round_number), num_sampled)

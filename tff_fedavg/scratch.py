@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import glob
 import os
 import pathlib
 import shutil
@@ -9,6 +10,8 @@ import tempfile
 from collections.abc import Iterator
 
 PREFIX = "tff_fedavg-"
+# What tells a directory that was made here from one of the user's whose name starts so.
+_MARK = ".scratch_directory_of_tff_fedavg"
 
 
 @contextlib.contextmanager
@@ -17,8 +20,8 @@ def scratch_directory(parent: str | os.PathLike[str] | None = None, prefix: str 
 
     Args:
       parent: Where it is made; by default the system's directory for temporary files.
-      prefix: The start of its name. Directories of this user whose name starts so, and whose program has ended, are
-        removed.
+      prefix: The start of its name. Directories that were made here, whose name starts so, and whose program has
+        ended, are removed.
 
     Raises:
       OSError: If it cannot be made.
@@ -32,6 +35,7 @@ def scratch_directory(parent: str | os.PathLike[str] | None = None, prefix: str 
         directory = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         lock = _lock(directory)
     try:
+        (directory / _MARK).touch()
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
@@ -50,14 +54,14 @@ def _lock(directory: pathlib.Path) -> int | None:
 
 
 def remove_left(parent: pathlib.Path, prefix: str) -> None:
-    """Removes the directories that killed programs have left: those of this user whose lock nobody holds."""
-    for path in parent.glob(f"{prefix}*"):
+    """Removes the directories that killed programs of this user have left: those whose lock nobody holds."""
+    for path in parent.glob(f"{glob.escape(prefix)}*"):
         try:
             directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:  # Another user's, or gone already.
             continue
         try:
-            if os.fstat(directory).st_uid == os.getuid():
+            if os.fstat(directory).st_uid == os.getuid() and (path / _MARK).exists():
                 fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
         except OSError:  # In use; or there are no locks there, by which one could tell.

@@ -96,8 +96,8 @@ class TracedFunction:
 
     @property
     def output_spec(self) -> Any:
-        """The `tf.TensorSpec`s of what the function returns."""
-        return tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), self._structure)
+        """The `tf.TensorSpec`s of what the function returns; None for None."""
+        return tf.nest.map_structure(lambda t: t if t is None else tf.TensorSpec(t.shape, t.dtype), self._structure)
 
     def __call__(self, *args: Any, variables: Sequence[tf.Tensor] = (), seed: tf.Tensor | None = None) -> Any:
         """Calls the function, in any graph or in eager mode.

@@ -150,7 +150,10 @@ def processor_seconds(stat: str) -> float:
 
 def _oom_kills() -> int:
     """Returns how many processes of this machine the kernel has killed for want of memory; 0 where it does not tell."""
-    lines = pathlib.Path("/proc/vmstat").read_text().splitlines()
+    try:
+        lines = pathlib.Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
     return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
 
 

@@ -60,6 +60,7 @@ def run(name: str, main: Callable[..., None], *, takes: str | None = None) -> No
       takes: What the arguments are that are no flags, if there are to be any: `main` gets a list of them.
     """
     gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
+    _open_missing_streams()
     try:
         signals.catch()
         _run(main, takes)
@@ -90,6 +91,13 @@ def first_line(error: BaseException) -> str:
     return re.sub(rf"(?<![\w'/-])({'|'.join(_long_names())})=", r"--\1=", line)
 
 
+def _open_missing_streams() -> None:
+    """Has a stream that is closed (`2>&-`) lead nowhere: else the next file that is opened takes its place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+
+
 def _run(main: Callable[..., None], takes: str | None) -> None:
     # Not `app.run`: below it Keras 2.14 makes no symbolic inputs when TensorFlow was not imported before.
     arguments = flags.FLAGS(sys.argv)[1:]
@@ -111,6 +119,10 @@ def _run(main: Callable[..., None], takes: str | None) -> None:
     # For what TensorFlow leaves when it is killed, too: it goes with the next program.
     with scratch_directory() as directory:
         os.environ["TMPDIR"] = tempfile.tempdir = str(directory)
+        # Pictures are the same whatever is set for the user's own, and need neither a display nor a home.
+        os.environ.update(MATPLOTLIBRC=os.devnull, MPLBACKEND="agg")
+        if not os.access(os.path.expanduser("~"), os.W_OK):
+            os.environ.setdefault("MPLCONFIGDIR", str(directory))
         main(arguments) if takes else main()
 
 
