@@ -127,8 +127,8 @@ def build_task(
     name: str,
     *,
     data: str | None = None,
-    data_dir: str | os.PathLike[str] = DATA_DIR,
-    cache_dir: str | os.PathLike[str] = CACHE_DIR,
+    data_dir: str | os.PathLike[str] | None = DATA_DIR,
+    cache_dir: str | os.PathLike[str] | None = CACHE_DIR,
     partition: str | None = None,
     clients: int | None = None,
     dirichlet_alpha: float | None = None,
@@ -141,8 +141,8 @@ def build_task(
         function is that builds one, as "package.module:function", "path/to/file.py:function" or "path/to/file.py" (for
         `build`): it gets those of the arguments below that it has, and returns a `Task`. See `docs/own_task.md`.
       data: The data source; "embedded" is the one that comes with the packages. By default the paper's own.
-      data_dir: Where the data are, or are kept after a download.
-      cache_dir: Where the client files are kept.
+      data_dir: Where the data are, or are kept after a download; None is the usual place.
+      cache_dir: Where the client files are kept; None is the usual place.
       partition: How the examples are divided among the clients; by default the first of the task's.
       clients: K, the number of clients; by default the paper's. None if the partition is by writer or by role.
       dirichlet_alpha: The alpha of the partition "dirichlet", above 0; by default 1. None for other partitions.
@@ -152,6 +152,9 @@ def build_task(
       ValueError: If there is no such task, data source or partition, the data are missing or damaged, or the partition
         does not fit them.
     """
+    name = os.fspath(name)
+    data_dir = DATA_DIR if data_dir is None else data_dir
+    cache_dir = CACHE_DIR if cache_dir is None else cache_dir
     data, partition = choose(name, data, partition, clients)
     if dirichlet_alpha is not None:
         if not isinstance(dirichlet_alpha, numbers.Real) or not 0 < dirichlet_alpha < float("inf"):

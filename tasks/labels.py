@@ -62,12 +62,13 @@ def _num_outputs(model: tff.learning.models.FunctionalModel, x_spec: Any) -> int
 def _labels(dataset: ClientDataset) -> Iterator[tuple[int, np.ndarray]]:
     """Yields the labels of all examples, some at a time, each time with the number of those before them."""
 
-    @tf.function(input_signature=[tf.TensorSpec([None, dataset.record_bytes], tf.uint8)])
-    def labels_of(records):
+    def labels(records):
         _, y, *_ = dataset.batch(records, tf.range(tf.shape(records)[0]), tf.zeros([2], tf.int32))
         return y  # What only x is made of is not computed.
 
+    # A concrete function: TensorFlow warns when functions of the same code are traced again and again.
+    labels_of = tf.function(labels).get_concrete_function(tf.TensorSpec([None, dataset.record_bytes], tf.uint8))
     total = dataset.num_examples.sum()
     step = max(_CHUNK_BYTES // dataset.record_bytes, 1)
     for start in range(0, total, step):
-        yield start, labels_of(dataset.gather(np.arange(start, min(start + step, total)))).numpy()
+        yield start, labels_of(tf.constant(dataset.gather(np.arange(start, min(start + step, total))))).numpy()

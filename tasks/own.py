@@ -3,6 +3,8 @@
 What goes wrong in finding and calling one is an error of one line. What its own code raises is left as it is.
 """
 
+import dataclasses
+import hashlib
 import importlib
 import importlib.machinery
 import importlib.util
@@ -70,7 +72,13 @@ def build(name: str, arguments: Mapping[str, Any], given: Collection[str]) -> "T
     if task.target is not None and task.target.metric not in (LOSS, *task.metrics):
         metrics = ", ".join((LOSS, *task.metrics))
         raise ValueError(f"{name} returns a task with a target for {task.target.metric!r}; its metrics are {metrics}")
-    return task
+    return task if task.checksums else dataclasses.replace(task, checksums=_checksums(task))
+
+
+def _checksums(task: "Task") -> dict[str, str]:
+    """Returns SHA-256 of what is said of all examples, for a run to go on with the same."""
+    manifests = {split: getattr(task, split).directory / "manifest.json" for split in ("train", "test")}
+    return {split: hashlib.sha256(path.read_bytes()).hexdigest() for split, path in manifests.items()}
 
 
 def _find(name: str) -> Callable[..., Any]:
@@ -105,5 +113,7 @@ def _load(path: pathlib.Path):
     spec = importlib.util.spec_from_file_location(name, loader=_Source(name, str(path)))
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # Where dataclasses look for it.
+    if str(path.parent.absolute()) not in sys.path:  # As where `python FILE` runs it, but last.
+        sys.path.append(str(path.parent.absolute()))
     spec.loader.exec_module(module)
     return module

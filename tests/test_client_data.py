@@ -734,3 +734,11 @@ def test_client_data_whose_elements_are_batches_are_refused():
         ClientDataset.from_client_data(batches)
     whole = batches.preprocess(lambda dataset: dataset.unbatch())
     assert ClientDataset.from_client_data(whole).num_examples.tolist() == [4]
+
+
+def test_a_directory_may_have_the_files_of_the_same_examples_already(tmp_path):
+    for _ in range(2):
+        assert ClientDataset.from_arrays([{"x": [1.0], "y": [2]}], directory=tmp_path).num_clients == 1
+    for other in ([{"x": [1.5], "y": [2]}], [{"x": [1.0], "y": [2.0]}], [{"x": [1.0], "y": [2]}, {"x": [], "y": []}]):
+        with pytest.raises(ValueError, match="has client files of other examples: remove them"):
+            ClientDataset.from_arrays(other, directory=tmp_path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 import re
 import sys
 import traceback
@@ -13,6 +14,7 @@ from test_tasks import ROOT
 
 import tasks
 import tff_fedavg
+from tff_fedavg.run_directory import RunDirectory, check_data
 
 TASK = """
 import numpy as np
@@ -63,7 +65,7 @@ def test_a_file_may_have_dataclasses(write):
     assert tasks.build_task(write(f"{code}def build(): return make(checksums=vars(A()))")).checksums == {"b": 1}
 
 
-SEEN = "def build({}):\n    return make(checksums={{k: str(v) for k, v in locals().items()}})"
+SEEN = "def build({}):\n    return make(checksums={{'seen': '', **{{k: str(v) for k, v in locals().items()}}}})"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,39 @@ SEEN = "def build({}):\n    return make(checksums={{k: str(v) for k, v in locals
     ],
 )
 def test_it_is_called_with_the_arguments_that_it_declares(write, parameters, settings, seen):
-    assert tasks.build_task(write(SEEN.format(parameters)), **settings).checksums == seen
+    assert tasks.build_task(write(SEEN.format(parameters)), **settings).checksums == {"seen": "", **seen}
+
+
+def test_places_that_are_none_are_the_usual_ones_and_a_file_may_be_a_path(write):
+    path = pathlib.Path(write(SEEN.format("data_dir, cache_dir")))
+    found = tasks.build_task(path, data_dir=None, cache_dir=None).checksums
+    assert found == {
+        "seen": "",
+        "data_dir": os.path.expanduser(tasks.DATA_DIR),
+        "cache_dir": os.path.expanduser(tasks.CACHE_DIR),
+    }
+
+
+def test_a_file_imports_those_beside_it(write, tmp_path, monkeypatch):
+    (tmp_path / "helpers_of_my_task.py").write_text("NAME = 'helped'")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    code = "import helpers_of_my_task\ndef build(): return dataclasses.replace(make(), name=helpers_of_my_task.NAME)"
+    assert tasks.build_task(write(f"import dataclasses\n{code}")).name == "helped"
+
+
+def test_a_run_on_other_examples_is_not_gone_on_with(write, tmp_path):
+    code = "def build():\n    data = ClientDataset.from_arrays([{{'x': [[1.0, {}]], 'y': [0.0]}}])\n"
+    code += "    return dataclasses.replace(make(), train=data, test=DATASET)"
+    same, other = (tasks.build_task(write(f"import dataclasses\n{code.format(x)}")).checksums for x in (2.0, 3.0))
+    again = tasks.build_task(write(f"import dataclasses\n{code.format(2.0)}")).checksums
+    assert (same["train"], same["test"]) == (again["train"], again["test"])
+    assert same["train"] != other["train"] and same["test"] == other["test"]
+    RunDirectory(tmp_path / "run").start({}, same, tasks.Target(None))
+    check_data(tmp_path / "run", again)
+    with pytest.raises(ValueError, match="holds a run on other data: train differs"):
+        check_data(tmp_path / "run", other)
+    RunDirectory(tmp_path / "earlier").start({}, {}, tasks.Target(None))  # Of a version that kept none.
+    check_data(tmp_path / "earlier", other)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The processes of `binaries.reproduction.pool`; without TensorFlow, which each of them would import."""
 
 import functools
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -9,6 +10,7 @@ import time
 import psutil
 import pytest
 
+from binaries.command_line import signals
 from binaries.reproduction import pool
 
 CORES = os.sched_getaffinity(0)
@@ -145,3 +147,13 @@ def test_job_that_fails_or_whose_process_dies_is_told_and_frees_its_core(monkeyp
     assert [ended.failed for ended in outcomes] == [True, True, False]
     assert outcomes[0] == pool.Ended("bad", "no data: get them", failed=True)
     assert outcomes[1].outcome == "its process died with exit status 7, maybe for lack of memory"
+
+
+def test_a_process_whose_parent_is_gone_before_it_looks_ends(monkeypatch):
+    def end(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: psutil.Process())
+    with pytest.raises(SystemExit):
+        signals.end_with_parent()

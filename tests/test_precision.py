@@ -54,6 +54,14 @@ def test_models_have_nearly_the_same_gradients_as_in_float32(keras_model_fn, sha
     assert 0 < np.linalg.norm(rounded - exact) < 0.1 * np.linalg.norm(exact)
 
 
+def test_a_model_whose_output_would_be_in_bfloat16_is_told_what_to_do():
+    model = lambda: tf.keras.Sequential([tf.keras.layers.InputLayer([2]), tf.keras.layers.Dense(3)])  # noqa: E731
+    with pytest.raises(
+        ValueError, match='the output of this model would be bfloat16; give its last layer dtype="float'
+    ):
+        precision.in_bfloat16(model)()
+
+
 def test_keras_computes_in_float32_again_afterwards():
     precision.in_bfloat16(models.mnist_2nn)()
     assert models.mnist_2nn().layers[1].compute_dtype == "float32"

@@ -381,3 +381,20 @@ def test_reproduction_that_loses_its_terminal_saves_and_leaves_no_process(tmp_pa
     status, _, errors = end(reproduction, timeout=10)
     assert (status, errors) == (128 + signal.SIGHUP, "")
     wait_until_gone(children)
+
+
+def test_a_stream_that_is_closed_leads_nowhere():
+    said = "print('said', file=sys.stderr); print(open(os.devnull).fileno() > 2, sys.stderr.fileno())"
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", program_of(said)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "True 2\n", "")
+
+
+def test_a_run_takes_no_notice_of_a_home_and_of_settings_for_other_pictures(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nno.such.key: 1\n")
+    settings = {"HOME": "/proc/nothing", "MPLBACKEND": "none", "MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
+    environment = {**{k: v for k, v in os.environ.items() if k != "MPLCONFIGDIR"}, **settings}
+    flags = ["--data=embedded", "--rounds=1", f"--run_dir={tmp_path}/run", f"--cache_dir={tmp_path}/cache"]
+    result = run("train", *flags, env=environment)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (tmp_path / "run" / "learning_curve.png").read_bytes().startswith(b"\x89PNG")

@@ -52,6 +52,20 @@ def build(seed):
 """
 
 
+TASK_AT_ITS_TARGET = """
+import numpy as np
+import tensorflow as tf
+import tasks
+from tff_fedavg import ClientDataset
+
+
+def build():
+    data = ClientDataset.from_arrays([{"x": np.ones([4, 2], "f"), "y": np.ones(4, "f")}])
+    model = lambda: tf.keras.Sequential([tf.keras.layers.InputLayer([2]), tf.keras.layers.Dense(1)])
+    return tasks.Task("near", data, data, model, "mse", {"mae": "mae"}, target=tasks.Target(9.0, "mae", True))
+"""
+
+
 class StopAfter(Observer):
     def __init__(self, round_number):
         self._round_number = round_number
@@ -112,6 +126,18 @@ def test_a_model_that_is_refused_leaves_no_run(tmp_path):
         runner.run(Experiment(task=str(path), learning_rate=0.1, rounds=1), tmp_path / "run")
     path.write_text(TASK_WITH_DROPOUT)
     runner.run(Experiment(task=str(path), learning_rate=0.2, rounds=1), tmp_path / "run")
+
+
+def test_a_run_at_its_target_says_so_and_goes_on_without_one(tmp_path):
+    """Also where the target is no accuracy."""
+    (tmp_path / "task.py").write_text(TASK_AT_ITS_TARGET)
+    settings = dict(task=str(tmp_path / "task.py"), learning_rate=1e-3)
+    first = runner.run(Experiment(**settings, rounds=2), tmp_path / "run")
+    assert "0 rounds, best mae " in first and "rounds to 9: 0.0" in first
+    again = runner.run(Experiment(**settings, rounds=2), tmp_path / "run")
+    assert "rounds to 9: 0.0 (reached before; --target_accuracy=1 goes on without a target)" in again
+    more = runner.run(Experiment(**settings, rounds=2, target_accuracy=1), tmp_path / "run")
+    assert more.startswith("2 rounds, best mae ") and "rounds to" not in more
 
 
 def test_a_target_accuracy_is_refused_where_there_is_no_accuracy(tmp_path):

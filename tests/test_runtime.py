@@ -1,3 +1,4 @@
+import concurrent.futures
 import contextlib
 import os
 import pathlib
@@ -16,7 +17,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 from conftest import own_worker
 
-from tff_fedavg import local_worker, worker_process
+from tff_fedavg import local_worker, runtime, worker_process
 from tff_fedavg import worker as worker_module
 
 PROGRAM = """
@@ -335,3 +336,21 @@ def test_error_in_a_client_is_raised_and_the_worker_stays_usable(worker, client_
     with pytest.raises(Exception, match="There is no client"):
         read(99)
     assert len(read(0)) == 7
+
+
+def test_whoever_enters_no_worker_is_told(worker):
+    runtime.check_entered()
+    with tff.framework.get_context_stack().install(runtime._TFFS_OWN):
+        with pytest.warns(UserWarning, match=r"no local_worker\(\) or remote_workers\(\) is entered: TFF's own worker"):
+            runtime.check_entered()
+    with concurrent.futures.ThreadPoolExecutor(1) as other_thread:
+        with pytest.raises(RuntimeError, match="no worker is entered in this thread"):
+            other_thread.submit(runtime.check_entered).result()
+
+
+def test_a_kernel_that_does_not_tell_of_memory_that_ran_out_is_no_error(monkeypatch):
+    def missing(*args):
+        raise FileNotFoundError(2, "No such file or directory", "/proc/vmstat")
+
+    monkeypatch.setattr(pathlib.Path, "read_text", missing)
+    assert worker_process._oom_kills() == 0

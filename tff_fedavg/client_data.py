@@ -107,7 +107,8 @@ class ClientDataset:
             and go to the model as they are.
           client_column: Name of the column that says whose an example is, by strings or other values that can be
             sorted. It is not stored: client k has the k-th of its distinct values, as `np.unique` gives them.
-          directory: Where the files are kept, made if need be; by default they are removed when the program ends.
+          directory: Where the files are kept, made if need be; those of the same examples may be there already. By
+            default they are removed when the program ends.
 
         Raises:
           TypeError: If an argument is of another type.
@@ -116,8 +117,10 @@ class ClientDataset:
         """
         if isinstance(clients, Mapping):
             if client_column is None:
+                of_each = " (of the columns of each client by its name, give list(clients.values()))"
                 raise ValueError(
                     "client_column is missing: it names the column of clients that says whose an example is"
+                    + of_each * all(isinstance(column, Mapping) for column in clients.values())
                 )
             clients = columns.split_by_client(clients, client_column)
         elif not isinstance(clients, (list, tuple, Iterator)):
@@ -167,6 +170,12 @@ class ClientDataset:
             scratch = contextlib.ExitStack()
             directory = scratch.enter_context(scratch_directory())
             atexit.register(scratch.close)
+        elif (pathlib.Path(directory) / _MANIFEST).exists():
+            with scratch_directory() as scratch:
+                write_client_dataset(scratch, clients, num_clients=num_clients)
+                if _Manifest.read(scratch) != _Manifest.read(pathlib.Path(directory)):
+                    raise ValueError(f"{directory} has client files of other examples: remove them")
+            return cls(directory, preprocess_fn)
         write_client_dataset(directory, clients, num_clients=num_clients)
         try:
             return cls(directory, preprocess_fn)

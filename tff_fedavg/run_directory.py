@@ -176,7 +176,7 @@ def check_data(run_dir: str | os.PathLike[str], checksums: Mapping[str, str]) ->
     Raises:
       ValueError: If the directory holds a run on other data, or config.json is damaged.
     """
-    found = (read_config(run_dir) or {}).get("data_checksums", checksums)
+    found = (read_config(run_dir) or {}).get("data_checksums") or checksums  # Earlier versions had none of own tasks.
     for name in sorted(found.keys() | checksums.keys()):
         if found.get(name) != checksums.get(name):
             raise ValueError(f"run_dir={run_dir} holds a run on other data: {name} differs")

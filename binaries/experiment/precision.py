@@ -27,6 +27,11 @@ def in_bfloat16(keras_model_fn: KerasModelFn) -> KerasModelFn:
             raise ValueError(
                 "--matmul_precision=bfloat16: no layer of this model has matrix products in bfloat16; leave it out"
             )
+        if any(output.dtype == tf.bfloat16 for output in tf.nest.flatten(getattr(model, "outputs", None) or [])):
+            raise ValueError(
+                "--matmul_precision=bfloat16: the output of this model would be bfloat16; give its last layer "
+                'dtype="float32"'
+            )
         return model
 
     return build

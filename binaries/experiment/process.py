@@ -39,13 +39,14 @@ def choose_target(experiment: Experiment, task: Task) -> Target:
     Raises:
       ValueError: If the experiment has a target accuracy, and the task has no accuracy.
     """
-    if experiment.target_accuracy is not None:
+    if experiment.target_accuracy not in (None, 1):
         if "accuracy" not in task.metrics:
             names = ", ".join(("loss", *task.metrics))
             raise ValueError(f"--target_accuracy is given, but {task.name} has no accuracy: its metrics are {names}")
-        return Target(None if experiment.target_accuracy == 1 else experiment.target_accuracy)
+        return Target(experiment.target_accuracy)
     without = Target(None) if "accuracy" in task.metrics else Target(None, "loss", lower_is_better=True)
-    return task.target or without
+    target = task.target or without
+    return dataclasses.replace(target, value=None) if experiment.target_accuracy == 1 else target
 
 
 def build_process(

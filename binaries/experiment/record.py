@@ -61,7 +61,10 @@ class Experiment:
       ValueError: If a value is out of its range, or does not go with the others: a line that names the flag.
     """
 
-    task: str = field(f"Data set and model: one of {', '.join(sorted(tasks.TASKS))}.", "mnist_2nn")
+    task: str = field(
+        f"Data set and model: one of {', '.join(sorted(tasks.TASKS))}; or your own, as FILE.py (docs/own_task.md).",
+        "mnist_2nn",
+    )
     data: str = field(
         "Data source of the task, such as mnist or mnist5k; embedded is the one that comes with the packages. By "
         "default the paper's own.",

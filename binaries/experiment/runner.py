@@ -70,7 +70,11 @@ def run(
         process, training_selection_fn = build_process(experiment, task, model)
         check_data(run_dir, task.checksums)
 
+        first_round = 0
+
         def start(round_number: int) -> None:
+            nonlocal first_round
+            first_round = round_number
             # Until here the model may be refused, and then there is no run.
             directory.start(experiment.to_json(), task.checksums, target, after_round=round_number)
             observer.start(round_number)
@@ -102,7 +106,7 @@ def run(
             rate = experiment.learning_rate
             raise training.DivergedError(f"{e} at learning_rate={rate:g}; {run_dir} keeps the state before it") from e
         draw()
-    return _outcome(experiment, directory, task, target)
+    return _outcome(experiment, directory, task, target, first_round)
 
 
 def _clients_per_round(experiment: Experiment, task: Task) -> int:
@@ -120,7 +124,7 @@ def _bytes_sent(
     return {_BYTES_UP: clients * up, _BYTES_DOWN: clients * down}
 
 
-def _outcome(experiment: Experiment, directory: RunDirectory, task: Task, target: Target) -> str:
+def _outcome(experiment: Experiment, directory: RunDirectory, task: Task, target: Target, first_round: int) -> str:
     metrics = read_metrics(directory.path)
     rounds, values = learning_curve.evaluations(metrics, target.metric)
     last_round = int(metrics[-1][ROUND_FIELD])
@@ -132,6 +136,8 @@ def _outcome(experiment: Experiment, directory: RunDirectory, task: Task, target
     if target.value is not None:
         crossing = target.rounds(rounds, values)
         parts.append(f"rounds to {target.value:g}: {'not reached' if crossing is None else f'{crossing:.1f}'}")
+        if crossing is not None and last_round == first_round:
+            parts[-1] += " (reached before; --target_accuracy=1 goes on without a target)"
     parts.append(f"{sums['training_time_in_seconds']:.1f} s of training")
     if experiment.algorithm != "sgd":
         parts += [f"{sums[_BYTES_UP] / 1e6:.1f} MB up", f"{sums[_BYTES_DOWN] / 1e6:.1f} MB down"]
