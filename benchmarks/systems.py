@@ -74,7 +74,7 @@ def tff_learning_round(
     datasets = [
         tf.data.Dataset.from_tensor_slices(_stored(task, k))
         .batch(batch_size)
-        .map(lambda examples: task.train.preprocess_fn(examples, tf.zeros([2], tf.int64)))
+        .map(lambda examples: task.train.preprocess_fn(examples))
         for k in range(clients)
     ]
     process = tff.learning.algorithms.build_weighted_fed_avg(
@@ -226,7 +226,7 @@ def _stored(task: Task, client: int) -> dict[str, np.ndarray]:
 
 def _preprocessed(task: Task, client: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the examples of a client as the model gets them, in that order."""
-    x, y = task.train.preprocess_fn(tf.nest.map_structure(tf.constant, _stored(task, client)), tf.zeros([2], tf.int64))
+    x, y = task.train.preprocess_fn(tf.nest.map_structure(tf.constant, _stored(task, client)))
     return x.numpy(), y.numpy()
 
 

@@ -116,8 +116,7 @@ def _preprocess_train(example: Mapping[str, tf.Tensor], seed: tf.Tensor) -> tupl
     return tf.image.per_image_standardization(distorted), tf.cast(example["label"], tf.int32)
 
 
-def _preprocess_test(example: Mapping[str, tf.Tensor], seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    del seed  # Test images are not distorted.
+def _preprocess_test(example: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
     cropped = tf.image.resize_with_crop_or_pad(example["image"], 24, 24)
     return tf.image.per_image_standardization(cropped), tf.cast(example["label"], tf.int32)
 

@@ -111,8 +111,7 @@ def build_task(settings: TaskSettings) -> Task:
     )
 
 
-def _preprocess(example: Mapping[str, tf.Tensor], seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    del seed  # The characters are not augmented.
+def _preprocess(example: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
     return 0.5 - tf.cast(example["image"], tf.float32) / 255.0, tf.cast(example["label"], tf.int32)
 
 

@@ -102,6 +102,5 @@ def build_task(settings: TaskSettings) -> Task:
     )
 
 
-def _preprocess(example: Mapping[str, tf.Tensor], seed: tf.Tensor, *, background: float) -> tuple[tf.Tensor, tf.Tensor]:
-    del seed  # The digits are not augmented.
+def _preprocess(example: Mapping[str, tf.Tensor], *, background: float) -> tuple[tf.Tensor, tf.Tensor]:
     return tf.cast(example["image"], tf.float32) / 255.0 + background, tf.cast(example["label"], tf.int32)

@@ -125,13 +125,12 @@ def _to_bytes(line: str) -> bytes:
     return f"{line}\n".encode()[:_UNROLL]
 
 
-def _preprocess(example: Mapping[str, tf.Tensor], seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def _preprocess(example: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns x and y, int32 `[batch, time]`, where time is that of the longest line of the batch.
 
     y is the line, its newline, END_OF_LINE if it fits into the unroll, and PADDING from there on; x is
     BEGINNING_OF_LINE and then y, one symbol later, with END_OF_LINE for PADDING.
     """
-    del seed  # Lines are not augmented.
     length = tf.cast(example["length"], tf.int32)[:, tf.newaxis]
     position = tf.range(tf.minimum(tf.reduce_max(length) + 1, _UNROLL))
     line = tf.cast(example["line"][:, : tf.size(position)], tf.int32)

@@ -174,12 +174,11 @@ def _encode(posts: Iterable[list[str]], vocabulary: Mapping[str, int]) -> dict[s
     return {"words": np.array(pieces, np.uint16).reshape(-1, _UNROLL + 1)}
 
 
-def _preprocess(example: Mapping[str, tf.Tensor], seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def _preprocess(example: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns x and y, int32 `[batch, 10]`: y is the labels, x the symbols before them.
 
     They are not cut to the longest piece of the batch: that is nearly always a full one.
     """
-    del seed  # Posts are not augmented.
     words = tf.cast(example["words"], tf.int32)
     return words[:, :-1], words[:, 1:]
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -354,3 +355,11 @@ def test_a_kernel_that_does_not_tell_of_memory_that_ran_out_is_no_error(monkeypa
 
     monkeypatch.setattr(pathlib.Path, "read_text", missing)
     assert worker_process._oom_kills() == 0
+
+
+def test_a_directory_for_temporary_files_may_have_any_name(tmp_path, monkeypatch):
+    directory = tmp_path / "a %41#b?"
+    directory.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(directory))
+    with local_worker():
+        assert build_busy_clients()([0.0, 0.0]) > 0

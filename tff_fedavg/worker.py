@@ -8,6 +8,7 @@ import functools
 import os
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
@@ -238,7 +239,7 @@ class LocalWorker(Worker):
             self._process = WorkerProcess(address, confined=confined)
             is_ready = self._process.listens(_SECONDS_TO_GET_READY)
             if is_ready:
-                self._open_channel(address)
+                self._open_channel(f"unix:{urllib.parse.quote(str(directory))}/socket")
                 # The name of the socket goes when it is connected to, and is not left behind however the program ends.
                 is_ready = self._answers()
         if self._process.refused and confined:
