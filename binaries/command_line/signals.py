@@ -7,7 +7,6 @@ gets through; but not in what cleans up after it, such as the saving of a state.
 
 import contextlib
 import ctypes
-import multiprocessing
 import os
 import signal
 import sys
@@ -58,13 +57,8 @@ def postponed() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Has the kernel send SIGTERM to this process when the thread that has started it ends, however that comes.
-
-    For a process of `multiprocessing`. It ends here if its parent is gone already.
-    """
+    """Has the kernel send SIGTERM to this process when the thread that has started it ends, however that comes."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != multiprocessing.parent_process().pid:
-        os._exit(128 + signal.SIGTERM)
 
 
 def received() -> int | None:

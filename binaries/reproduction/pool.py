@@ -150,6 +150,8 @@ def _work(connection: multiprocessing.connection.Connection, core: int) -> None:
     gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
     signals.catch()
     signals.end_with_parent()
+    if os.getppid() != multiprocessing.parent_process().pid:  # It was gone before.
+        os._exit(1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
         _serve(connection)
