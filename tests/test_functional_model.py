@@ -244,8 +244,7 @@ def negative_log_likelihood(y_true, y_pred):
         (lambda y_true, y_pred: tf.reduce_mean(tf.square(y_true[:, 0] - y_pred[:, 0])), 2),
     ],
 )
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("sample_weight", [None, "weight"])
+@pytest.mark.parametrize(("dtype", "sample_weight"), [(np.float32, None), (np.float64, "weight")])
 def test_labels_have_the_rank_and_dtype_that_keras_gives_them(
     worker, arrays, dataset_of, loss, units, dtype, sample_weight
 ):
