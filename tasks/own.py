@@ -4,7 +4,6 @@ What goes wrong in finding and calling one is an error of one line. What its own
 """
 
 import dataclasses
-import hashlib
 import importlib
 import importlib.machinery
 import importlib.util
@@ -15,6 +14,8 @@ import re
 import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
+
+from tasks.files import sha256
 
 if TYPE_CHECKING:
     from tasks.task import Task
@@ -77,8 +78,7 @@ def build(name: str, arguments: Mapping[str, Any], given: Collection[str]) -> "T
 
 def _checksums(task: "Task") -> dict[str, str]:
     """Returns SHA-256 of what is said of all examples, for a run to go on with the same."""
-    manifests = {split: getattr(task, split).directory / "manifest.json" for split in ("train", "test")}
-    return {split: hashlib.sha256(path.read_bytes()).hexdigest() for split, path in manifests.items()}
+    return {"train": sha256(task.train.manifest), "test": sha256(task.test.manifest)}
 
 
 def _find(name: str) -> Callable[..., Any]:
@@ -87,8 +87,7 @@ def _find(name: str) -> Callable[..., Any]:
         module = _load(pathlib.Path(source).expanduser())
     else:
         source, _, function = name.partition(":")
-        if os.getcwd() not in sys.path:  # Of the installed command. Last, so that it takes no package's place.
-            sys.path.append(os.getcwd())
+        _look_in(os.getcwd())  # Of the installed command.
         try:
             module = importlib.import_module(source)
         except ModuleNotFoundError as e:
@@ -98,6 +97,12 @@ def _find(name: str) -> Callable[..., Any]:
     if not callable(getattr(module, function, None)):
         raise ValueError(f"task={name}: {source} has no function {function}")
     return getattr(module, function)
+
+
+def _look_in(directory: str) -> None:
+    """Has Python look for modules in a directory, too: last, so that they take no package's place."""
+    if directory not in sys.path:
+        sys.path.append(directory)
 
 
 class _Source(importlib.machinery.SourceFileLoader):
@@ -113,7 +118,6 @@ def _load(path: pathlib.Path):
     spec = importlib.util.spec_from_file_location(name, loader=_Source(name, str(path)))
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # Where dataclasses look for it.
-    if str(path.parent.absolute()) not in sys.path:  # As where `python FILE` runs it, but last.
-        sys.path.append(str(path.parent.absolute()))
+    _look_in(str(path.parent.absolute()))  # As where `python FILE` runs it.
     spec.loader.exec_module(module)
     return module

@@ -316,7 +316,7 @@ def test_aggregators_that_need_secure_sums_are_refused_before_the_round(model, c
         (dict(epochs=2**29, batch_size=4), r"epochs \(E\) is 536870912: a client with 20 examples makes 2,684,354,560"),
         (
             dict(batch_size=2**31),
-            r"batch_size \(B; None is B = inf\) is 2147483648; it must be from 1 to 2,147",
+            r"batch_size \(B; None is B = inf\) is 2147483648; it must be from 1 to 2,147,483,647$",
         ),
         (dict(batch_size=0), r"batch_size \(B; None is B = inf\) is 0; it must be from 1 to"),
         (dict(learning_rate=-0.1), r"learning_rate \(eta\) is -0.1; it must be a number above 0"),

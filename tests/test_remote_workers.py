@@ -264,10 +264,10 @@ def test_an_end_while_all_are_lost_ends_all_threads(monkeypatch):
     monkeypatch.setattr(threading, "excepthook", raised.append)
     workers = [FakeWorker(name, losses=9, is_back=False) for name in "ab"]
     with contextlib.closing(runtime._Queue(workers, timeout=0)) as jobs:
-        results = [jobs.submit(None, None) for _ in workers]
+        for _ in workers:
+            jobs.submit(None, None)
         time.sleep(0.6)  # Both are lost, and asked whether they are back.
     assert raised == [] and not [thread for thread in jobs._threads if thread.is_alive()]
-    del results
 
 
 def test_a_worker_that_is_not_there_is_told_before_any_work(monkeypatch, addresses, tmp_path):

@@ -312,7 +312,7 @@ def test_quick_form_runs_a_cell_of_each_kind_leaves_out_a_damaged_run_and_skips_
         "--table=4",
         "--figure=1",
         "--figure=8",
-        "--rows=figure_1-shared,mnist_2nn-iid-C0.1-E1-B10,mnist_cnn-iid-C0.1-E1-B10",
+        "--rows=figure_1-shared,mnist_2nn-*-C0.1-E1-B10,mnist_cnn-iid-C0.1-E1-B10",
         f"--results_dir={tmp_path / 'results'}",
         f"--cache_dir={tmp_path / 'cache'}",
     ]
@@ -326,6 +326,7 @@ def test_quick_form_runs_a_cell_of_each_kind_leaves_out_a_damaged_run_and_skips_
     assert result.stdout.splitlines()[-1] == "left to run: 1 or more; the same command goes on with them"
     ended = {line.split(":")[0] for line in result.stdout.splitlines() if not line.startswith(" ")}
     assert {"figure_1-shared", "mnist_cnn-iid-C0.1-E1-B10/eta0.215-train_loss"} <= ended
+    assert "mnist_2nn-pathological-C0.1-E1-B10/eta0.1: 2 rounds" in result.stdout  # Of the same task.
     with open(tmp_path / "results/runs/mnist_cnn-iid-C0.1-E1-B10/eta0.215-train_loss/metrics.csv") as file:
         losses = [row["evaluation/train_loss"] for row in csv.DictReader(file)]
     # At the start each of 10 digits is about as likely.
@@ -339,6 +340,9 @@ def test_quick_form_runs_a_cell_of_each_kind_leaves_out_a_damaged_run_and_skips_
     ended = {line.split(":")[0] for line in result.stdout.splitlines() if not line.startswith(" ")}
     assert ended >= {"mnist_2nn-iid-C0.1-E1-B10/eta0.1", "nothing is left to run"}
     assert not ended & {"figure_1-shared", "mnist_cnn-iid-C0.1-E1-B10/eta0.215-train_loss"}
-    assert reproduce(*flags).stdout.startswith("nothing is left to run: all is in ")
+    started = time.monotonic()
+    nothing = f"nothing is left to run: all is in {tmp_path / 'results'}; another --results_dir runs it anew\n"
+    assert run_alone("binaries.reproduce", *flags).stdout == nothing
+    assert time.monotonic() - started < 5
     assert reproduce("--quick", "--report", f"--results_dir={tmp_path / 'results'}").returncode == 0
     assert (tmp_path / "results" / "figures" / "figure_8.png").read_bytes().startswith(b"\x89PNG")

@@ -174,9 +174,10 @@ def test_nobody_else_reaches_the_worker_and_nothing_is_left_in_its_directory():
         connections += [c for c in psutil.Process().connections(kind="all") if (c.fd, c.laddr) not in before]
         ports = [c for c in connections if c.status == "LISTEN"]
         sockets = [c.laddr for c in connections if c.family == socket.AF_UNIX]
+        left = [path for path in sockets if path and os.path.exists(path)]
     assert network != pathlib.Path("/proc/self/ns/net").readlink()
     assert ports == []
-    assert sockets and not [path for path in sockets if path and os.path.exists(path)]
+    assert sockets and not left
 
 
 def test_proxies_of_the_environment_are_not_for_this_machine():
@@ -362,4 +363,4 @@ def test_a_directory_for_temporary_files_may_have_any_name(tmp_path, monkeypatch
     directory.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(directory))
     with local_worker():
-        assert build_busy_clients()([0.0, 0.0]) >= 0
+        assert build_busy_clients()([0.1, 0.1]) > 0

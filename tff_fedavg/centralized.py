@@ -7,8 +7,9 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_fedavg.client_data import ClientDataset
-from tff_fedavg.client_update import as_integer, sgd_step
+from tff_fedavg.client_update import sgd_step
 from tff_fedavg.fed_avg import LearningRate, check_model_and_data, traced_learning_rate
+from tff_fedavg.integer import as_integer
 
 
 class CentralizedSGD:

@@ -14,7 +14,6 @@ import atexit
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import inspect
 import json
@@ -34,7 +33,7 @@ import tqdm
 from tff_fedavg import columns
 from tff_fedavg.json_record import read_record, write_record
 from tff_fedavg.regular_file import open_regular
-from tff_fedavg.scratch import remove_left, scratch_directory
+from tff_fedavg.scratch import locked, remove_left, scratch_directory
 from tff_fedavg.traced import TracedFunction
 
 _FORMAT_VERSION = 2
@@ -56,6 +55,7 @@ class ClientDataset:
 
     Attributes:
       directory: Where the files are.
+      manifest: The one that has the checksums of the others, and so is another one for other examples.
       element_spec: Ordered mapping from feature name to the `tf.TensorSpec` of one stored example.
       num_examples: int64 `[K]`, n_k of every client.
       record_bytes: Size of one stored example.
@@ -81,6 +81,7 @@ class ClientDataset:
             raise columns.wrong_type("directory", directory, "the path of client files")
         _check_preprocess_fn(preprocess_fn)
         self.directory = pathlib.Path(directory).absolute()
+        self.manifest = self.directory / _MANIFEST
         self.preprocess_fn = preprocess_fn
         manifest = _Manifest.read(self.directory)
         self.element_spec = manifest.element_spec
@@ -170,10 +171,10 @@ class ClientDataset:
             scratch = contextlib.ExitStack()
             directory = scratch.enter_context(scratch_directory())
             atexit.register(scratch.close)
-        elif (pathlib.Path(directory) / _MANIFEST).exists():
+        elif (manifest := pathlib.Path(directory) / _MANIFEST).exists():
             with scratch_directory() as scratch:
                 write_client_dataset(scratch, clients, num_clients=num_clients)
-                if _Manifest.read(scratch) != _Manifest.read(pathlib.Path(directory)):
+                if (scratch / _MANIFEST).read_bytes() != manifest.read_bytes():
                     raise ValueError(f"{directory} has client files of other examples: remove them")
             return cls(directory, preprocess_fn)
         write_client_dataset(directory, clients, num_clients=num_clients)
@@ -422,7 +423,7 @@ def prepare_client_dataset(
     if os.path.lexists(directory):
         with contextlib.suppress(DamagedFilesError):
             return ClientDataset(directory, preprocess_fn)
-        with _locked(cache_dir):
+        with locked(cache_dir):
             if os.path.lexists(directory):  # Another program may have found it damaged, too.
                 try:
                     return ClientDataset(directory, preprocess_fn)
@@ -442,18 +443,6 @@ def prepare_client_dataset(
     except OSError as e:
         raise OSError(f"the client files could not be written to {cache_dir}: {e.strerror or e}") from e
     return ClientDataset(directory, preprocess_fn)
-
-
-@contextlib.contextmanager
-def _locked(directory: pathlib.Path) -> Iterator[None]:
-    """Keeps other programs that do the same waiting, where the file system has locks."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _remove_client_dataset(directory: pathlib.Path) -> None:
@@ -493,7 +482,7 @@ def _trace(preprocess_fn: PreprocessFn, element_spec: Mapping[str, tf.TensorSpec
 
     def preprocess(features, seed):
         batch = preprocess_fn(features, seed) if takes_seed else preprocess_fn(features)
-        if {"x", "y"} <= set(getattr(batch, "_fields", ())):  # Of a named tuple, in whatever order.
+        if columns.has_named_parts(batch):
             batch = batch._asdict()
         if isinstance(batch, Mapping) and {"x", "y"} <= batch.keys() <= {*columns.PARTS_OF_A_BATCH}:
             batch = tuple(batch[name] for name in columns.PARTS_OF_A_BATCH if name in batch)

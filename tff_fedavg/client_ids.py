@@ -43,7 +43,7 @@ class _ForClients(tff.framework.ConcreteComputation):
             client_ids = self._client_dataset.check_client_ids(client_ids)
             self._check(server_value)
             runtime.check_entered()
-            runtime.require_client_files(self._client_dataset.directory)
+            runtime.require_client_files(self._client_dataset.manifest)
             return self._call(server_value, client_ids)
         return super().__call__(server_value, client_ids)
 
@@ -52,7 +52,7 @@ class _ForClients(tff.framework.ConcreteComputation):
         kind = getattr(self.type_signature.parameter[0].member, "python_container", None)
         if kind is None or isinstance(server_value, (kind, tff.Value, tff.structure.Struct)):
             return
-        (name, _), *_ = self._signature.parameters.items()
+        name = next(iter(self._signature.parameters))
         parts = ("state", "global_model_weights")
         hint = "".join(f": give its {part}" for part in parts if isinstance(getattr(server_value, part, None), kind))
         raise TypeError(f"{name} is a {type(server_value).__name__}; it must be a {kind.__name__}{hint}")

@@ -1,14 +1,13 @@
 """ClientUpdate(k, w) of Algorithm 1, and the client's half of FedSGD, as plain TensorFlow functions."""
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_fedavg.functional_model import KerasFunctionalModel
+from tff_fedavg.integer import INT32_MAX, as_integer
 
 # The trainable weights, or a gradient by them.
 Weights = Sequence[tf.Tensor]
@@ -18,9 +17,6 @@ BatchFn = Callable[[tf.Tensor, tf.Tensor], Batch]
 
 # With it, the seed of a step gives another one for what the model draws than for the augmentation of its batch.
 _OF_THE_MODEL = 1
-
-_INT32_MAX = 2**31 - 1  # In which steps and examples are counted.
-_SEEDS = (-(2**63), 2**63 - 1)
 
 
 def client_update(
@@ -95,20 +91,6 @@ def client_update(
     return w, loss_sum
 
 
-def as_integer(name: str, value: Any, lowest: int = 1, highest: int = _INT32_MAX) -> int:
-    """Returns an integer argument, of whatever type, as an int.
-
-    Raises:
-      TypeError: If it is no integer.
-      ValueError: If it is out of range.
-    """
-    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} is {value!r}; it must be an integer")
-    if not lowest <= operator.index(value) <= highest:
-        raise ValueError(f"{name} is {value}; it must be from {lowest:,} to {highest:,}")
-    return operator.index(value)
-
-
 def as_epochs_and_batch_size(
     epochs: int, batch_size: int | None, num_examples: Sequence[int]
 ) -> tuple[int, int | None]:
@@ -122,10 +104,10 @@ def as_epochs_and_batch_size(
     batch_size = None if batch_size is None else as_integer("batch_size (B; None is B = inf)", batch_size)
     most_examples = int(max(num_examples))
     steps = epochs * -(-most_examples // (batch_size or max(most_examples, 1)))
-    if steps > _INT32_MAX:
+    if steps > INT32_MAX:
         raise ValueError(
             f"epochs (E) is {epochs}: a client with {most_examples} examples makes {steps:,} steps of them; at most "
-            f"{_INT32_MAX:,} can be counted"
+            f"{INT32_MAX:,} can be counted"
         )
     return epochs, batch_size
 
@@ -145,7 +127,7 @@ def sgd_step(
 
 def minibatch_seed(seed: int, round_number: tf.Tensor, client_id: tf.Tensor) -> tf.Tensor:
     """Returns the int64 `[2]` seed with which a client splits its data in a round (int32 scalars)."""
-    key = tf.constant([as_integer("seed", seed, *_SEEDS), 0], tf.int64)
+    key = tf.constant([as_integer("seed", seed, -(2**63), 2**63 - 1), 0], tf.int64)
     for value in (round_number, client_id):
         key = tf.random.experimental.stateless_fold_in(key, tf.cast(value, tf.int64))
     return key

@@ -162,7 +162,7 @@ def _names_of_parts(structure: Any) -> dict[str, Any]:
     """Returns the key, in an element, of each column."""
     if isinstance(structure, Mapping):
         names = {name: name for name in structure}
-    elif {"x", "y"} <= set(getattr(structure, "_fields", ())):
+    elif has_named_parts(structure):
         names = {name: structure._fields.index(name) for name in structure._fields}
     elif isinstance(structure, tuple) and len(structure) <= len(PARTS_OF_A_BATCH):
         names = {name: i for i, name in enumerate(PARTS_OF_A_BATCH[: len(structure)])}
@@ -181,6 +181,11 @@ def _names_of_parts(structure: Any) -> dict[str, Any]:
             "client_data.preprocess(lambda dataset: dataset.unbatch())"
         )
     return names
+
+
+def has_named_parts(value: Any) -> bool:
+    """Whether a batch, or an element, is a named tuple with x and y, which may be in any order."""
+    return {"x", "y"} <= set(getattr(value, "_fields", ()))
 
 
 def wrong_type(argument: str, value: Any, takes: str) -> TypeError:

@@ -10,8 +10,8 @@ import tqdm
 
 from tff_fedavg.client_data import ClientDataset
 from tff_fedavg.client_ids import for_clients_of
-from tff_fedavg.client_update import as_integer
 from tff_fedavg.fed_avg import check_model_and_data
+from tff_fedavg.integer import as_integer
 
 # The worker prepares anew for each number of clients that it meets.
 _CLIENTS_PER_CALL = 50

@@ -383,4 +383,5 @@ def traced_learning_rate(learning_rate: LearningRate) -> Callable[[tf.Tensor], f
         raise TypeError(f"learning_rate (eta) is {learning_rate!r}; it must be a number or a function of the rounds")
     if not learning_rate > 0 or not np.isfinite(learning_rate):
         raise ValueError(f"learning_rate (eta) is {learning_rate}; it must be a number above 0")
-    return lambda round_number: float(learning_rate)
+    learning_rate = float(learning_rate)
+    return lambda round_number: learning_rate

@@ -124,15 +124,18 @@ def check_entered() -> None:
         raise RuntimeError("no worker is entered in this thread: enter local_worker() or remote_workers() in it")
 
 
-def require_client_files(directory: pathlib.Path) -> None:
+def require_client_files(manifest: pathlib.Path) -> None:
     """Makes sure that all workers of the runtime in use have the same client files as this program.
+
+    Args:
+      manifest: As of the `ClientDataset`.
 
     Raises:
       ValueError: If one has others, or none.
     """
     context = tff.framework.get_context_stack().current
     if isinstance(context, _Context):
-        context.require_client_files(directory)
+        context.require_client_files(manifest)
 
 
 @contextlib.contextmanager
@@ -173,8 +176,8 @@ class _Context(tff.framework.SyncContext):
         per_worker = max(1, min(per_worker, _SUBROUNDS_PER_WORKER))
         return min(num_clients, len(self._workers) * per_worker * cores)
 
-    def require_client_files(self, directory: pathlib.Path) -> None:
-        self._queue.require(directory / "manifest.json")
+    def require_client_files(self, manifest: pathlib.Path) -> None:
+        self._queue.require(manifest)
 
     def close(self) -> None:
         self._queue.close()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow_federated as tff
 
-from tff_fedavg.client_update import as_integer
+from tff_fedavg.integer import as_integer
 
 
 def num_sampled_clients(num_clients: int, client_fraction: float) -> int:

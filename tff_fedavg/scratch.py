@@ -44,6 +44,17 @@ def scratch_directory(parent: str | os.PathLike[str] | None = None, prefix: str 
         os.close(lock)
 
 
+@contextlib.contextmanager
+def locked(directory: pathlib.Path) -> Iterator[None]:
+    """Keeps other programs that do the same in a directory waiting, where the file system has locks."""
+    lock = _lock(directory)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
 def _lock(directory: pathlib.Path) -> int | None:
     """Returns a descriptor that holds the lock of a directory; None if the directory is gone."""
     try:
