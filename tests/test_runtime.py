@@ -269,9 +269,10 @@ for _ in range(8):
     counts.append((process.num_fds(), process.num_threads(), len(process.children())))
 files, threads, children = zip(*counts)
 assert max(children) == 0, counts
-# gRPC closes the last of a channel a moment later, sometimes. What each use would leave is there in the end.
-assert min(files[-3:]) == files[0], counts
-assert min(threads[-3:]) <= threads[0] + 2, counts  # Of gRPC's own, one more or less. One a use would be seven.
+# gRPC closes the last of a channel a moment later, sometimes, the first one too, and has a thread or two of its own.
+# One that each use leaves makes these differ by five.
+assert min(files[-3:]) <= min(files[:3]), counts
+assert min(threads[-3:]) <= min(threads[:3]) + 2, counts
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
