@@ -300,6 +300,7 @@ def test_a_worker_without_the_same_client_files_is_named_before_any_work(
     [
         ([], "addresses is "),
         (["nowhere"], "nowhere: it is no address of a worker; give unix:PATH or HOST:PORT"),
+        (["unix:/" + 107 * "a"], "the path of a socket may have 107 bytes; give a shorter one"),
         (["host:99999"], "host:99999: it is no port"),
         (["h:1", "h:1"], "each once"),
     ],

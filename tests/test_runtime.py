@@ -144,6 +144,17 @@ def test_a_worker_that_is_stopped_is_noticed_told_and_replaced(impatient, capfd)
     assert told == "the TFF worker has not answered for 1 s: it is ended, and what it computed is computed again\n"
 
 
+def test_a_program_that_is_stopped_with_its_worker_does_not_take_that_for_waiting(impatient, monkeypatch, capfd):
+    monkeypatch.setattr(worker_module, "_IDLE_TIMES_LONGEST", 0.0)
+    busy_clients = build_busy_clients()
+    with local_worker():
+        busy_clients([0.0])
+        both = f"{os.getpid()} {own_worker().pid}"
+        with subprocess.Popen(["sh", "-c", f"sleep 0.6; kill -STOP {both}; sleep 3; kill -CONT {both}"]):
+            assert busy_clients([4.5]) > 0
+    assert capfd.readouterr().err == ""
+
+
 def test_a_client_that_waits_for_its_files_ends_the_computation_and_not_one_that_computes(
     impatient, monkeypatch, tmp_path, capfd
 ):
@@ -359,8 +370,9 @@ def test_a_kernel_that_does_not_tell_of_memory_that_ran_out_is_no_error(monkeypa
     assert worker_process._oom_kills() == 0
 
 
-def test_a_directory_for_temporary_files_may_have_any_name(tmp_path, monkeypatch):
-    directory = tmp_path / "a %41#b?"
+@pytest.mark.parametrize("name", ["a %41#b?", "long" * 30])
+def test_a_directory_for_temporary_files_may_have_any_name(tmp_path, monkeypatch, name):
+    directory = tmp_path / name
     directory.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(directory))
     with local_worker():

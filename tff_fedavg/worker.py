@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import functools
 import os
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -16,8 +17,8 @@ import grpc
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_fedavg.scratch import scratch_directory
-from tff_fedavg.worker_process import WorkerProcess, processor_seconds, tell
+from tff_fedavg.scratch import PREFIX, scratch_directory
+from tff_fedavg.worker_process import MAX_SOCKET_BYTES, WorkerProcess, processor_seconds, tell
 
 _MAX_LOSSES_PER_COMPUTATION = 3
 _MAX_CONNECTS = 10  # In one computation, to a process that runs: TFF waits twice as long before each.
@@ -84,10 +85,13 @@ class Worker:
           WorkerLostError: If the worker died, hung or could not be reached.
           RuntimeError: If the worker is one of this program, and died or hung again and again.
         """
-        started_at = computed_at = time.monotonic()
+        started_at = looked_at = computed_at = time.monotonic()
         computed = None
         future = self._thread.submit(self._runner.run, self._context.invoke(comp, arg))
         while concurrent.futures.wait([future], _SECONDS_BETWEEN_LOOKS).not_done:
+            waited, looked_at = time.monotonic() - looked_at, time.monotonic()
+            if waited > 2 * _SECONDS_BETWEEN_LOOKS + _SECONDS_TO_ANSWER:
+                computed_at = looked_at  # This program was stopped, as a batch system does, and so perhaps the worker.
             try:
                 self._ask()
                 seconds, now = self._computed_seconds(), time.monotonic()
@@ -234,7 +238,7 @@ class LocalWorker(Worker):
         self._start_process(confined=False)
 
     def _start_process(self, confined):
-        with scratch_directory() as directory:  # Only its owner can enter it.
+        with scratch_directory(_parent_of_socket()) as directory:  # Only its owner can enter it.
             address = f"unix:{directory}/socket"
             self._process = WorkerProcess(address, confined=confined)
             is_ready = self._process.listens(_SECONDS_TO_GET_READY)
@@ -256,6 +260,13 @@ class LocalWorker(Worker):
         super()._disconnect()
         if self._process is not None:
             self._process.kill()
+
+
+def _parent_of_socket() -> str:
+    """Returns where temporary files go, or /tmp where a socket's path would be longer than the kernel takes."""
+    parent = tempfile.gettempdir()
+    is_short = len(os.fsencode(parent)) + len(f"/{PREFIX}12345678/socket") <= MAX_SOCKET_BYTES
+    return parent if is_short else "/tmp"
 
 
 class RemoteWorker(Worker):

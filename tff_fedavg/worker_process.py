@@ -17,6 +17,8 @@ from tff_fedavg import confined_worker
 
 BINARY = pathlib.Path(importlib.util.find_spec("tensorflow_federated").origin).parent / "data" / "worker_binary"
 
+MAX_SOCKET_BYTES = 107  # Of the path of a unix socket: `sun_path` in <linux/un.h>, without the zero at its end.
+
 _KEPT_LINES = 5
 _SECONDS_BETWEEN_LOOKS = 0.02
 # A worker that the kernel cannot end yet, since it waits for a disk or a network, holds its stderr open.
@@ -37,10 +39,13 @@ def check_address(address: str) -> str:
     """Returns an address at which a worker can listen, with the whole path of a unix socket.
 
     Raises:
-      ValueError: If it is neither `unix:PATH` nor `HOST:PORT`.
+      ValueError: If it is neither `unix:PATH` nor `HOST:PORT`, or the path is too long.
     """
     if match := re.fullmatch("unix:(.+)", address):
-        return f"unix:{os.path.abspath(os.path.expanduser(match[1]))}"
+        path = os.path.abspath(os.path.expanduser(match[1]))
+        if len(os.fsencode(path)) > MAX_SOCKET_BYTES:
+            raise ValueError(f"{address}: the path of a socket may have {MAX_SOCKET_BYTES} bytes; give a shorter one")
+        return f"unix:{path}"
     match = re.fullmatch(r"[^:/\s]+:(\d{1,5})", address)
     if not match:
         raise ValueError(f"{address}: it is no address of a worker; give unix:PATH or HOST:PORT")
