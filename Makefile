@@ -4,6 +4,7 @@
 # make notebook         opens the notebooks in JupyterLab
 # make test-notebooks   runs them as they are run in JupyterLab and on Colab, which takes minutes
 # make test-wheel       makes a wheel, and installs it in both ways of docs/install.md, which takes minutes
+# make test-benchmarks  runs what `make benchmark` runs, in its quick form, which takes a minute
 # make benchmark        measures rounds of this project and of its peers, which takes an hour (ARGS=--data_dir=DIR)
 # make lock    pins the newest versions that pyproject.toml allows
 # make clean   removes all that the other targets brought, except for runs/
@@ -24,7 +25,7 @@ PEERS := pytorch fedjax flower
 # The builds for a CPU, which are not on the package index: uv knows where they are, or pip's settings have them.
 TORCH := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend cpu)
 
-.PHONY: train test notebook test-notebooks test-wheel docs benchmark lock clean
+.PHONY: train test notebook test-notebooks test-wheel test-benchmarks docs benchmark lock clean
 
 train: .venv/ready
 	$(PYTHON) -m binaries.train --task=$(TASK) --data=embedded --cache_dir=.uv/clients $(ARGS)
@@ -43,6 +44,9 @@ test-notebooks: .venv/jupyter
 
 test-wheel: .venv/ready | $(UV)
 	UV=$(UV) $(PYTHON) -m pytest --numprocesses=0 tests/wheel.py
+
+test-benchmarks: .venv/ready
+	$(PYTHON) -m pytest tests/benchmarks.py
 
 .venv/jupyter: notebooks/requirements.txt .venv/ready
 	$(UV) pip install --quiet --python $(PYTHON) --no-deps --requirement notebooks/requirements.txt

@@ -1,4 +1,4 @@
-"""The benchmarks run, and write down what they measured."""
+"""The benchmarks run, and write down what they measured. `make test-benchmarks` runs it."""
 
 import csv
 import sys
