@@ -1,5 +1,4 @@
 import concurrent.futures
-import contextlib
 import os
 import pathlib
 import signal
@@ -100,23 +99,26 @@ def test_workers_that_die_between_and_in_computations_are_replaced_without_end()
         assert busy_clients([3.0, 3.0]) > 0
 
 
-def test_worker_that_keeps_dying_ends_the_computation_with_an_error():
-    others, ended = psutil.Process().children(recursive=True), threading.Event()
+def test_worker_that_keeps_dying_ends_the_computation_with_an_error(tmp_path):
+    computes, ended = tmp_path / "computes", threading.Event()
+
+    @tff.tensorflow.computation
+    def never_ends():
+        with tf.control_dependencies([tf.io.write_file(str(computes), "")]):
+            return tf.while_loop(lambda _: True, lambda i: i + 1, [tf.constant(0.0)])[0]
 
     def keep_killing():
-        while not ended.wait(0.1):
-            for process in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    of_this_test = process.name() == "worker_binary" and process not in others
-                    if of_this_test and time.time() - process.create_time() > 4:  # It computes.
-                        process.kill()
+        while not ended.wait(0.05):
+            if computes.exists():
+                computes.unlink()
+                own_worker().kill()
 
     message = "^the TFF worker was lost 3 times in one computation: last it ended by signal SIGKILL$"
     with local_worker():
         killer = threading.Thread(target=keep_killing)
         killer.start()
         with pytest.raises(RuntimeError, match=message):
-            build_busy_clients()([60.0])
+            never_ends()
         ended.set()
         killer.join()
 
