@@ -99,6 +99,40 @@ def test_workers_that_die_between_and_in_computations_are_replaced_without_end()
         assert busy_clients([3.0, 3.0]) > 0
 
 
+@pytest.mark.parametrize("clients_per_subround", [None, 1])
+def test_what_was_interrupted_is_given_up_and_the_next_computation_does_not_wait_for_it(clients_per_subround):
+    busy_clients = build_busy_clients()
+    with local_worker(clients_per_subround=clients_per_subround):
+        busy_clients([0.0, 0.0])
+        interrupt = threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            busy_clients([30.0] * 10)
+        started_at = time.monotonic()
+        assert busy_clients([0.1, 0.1]) > 0
+        assert time.monotonic() - started_at < 10
+
+
+def test_subrounds_after_one_that_fails_are_given_up():
+    @tff.tensorflow.computation(np.float32)
+    def busy_or_wrong(seconds):
+        end = tf.timestamp() + tf.cast(seconds, tf.float64)
+        with tf.control_dependencies([tf.debugging.assert_positive(seconds)]):
+            return tf.while_loop(lambda _: tf.timestamp() < end, lambda i: i + 1, [tf.constant(0.0)])[0]
+
+    @tff.federated_computation(tff.FederatedType(np.float32, tff.CLIENTS))
+    def clients(seconds):
+        return tff.federated_sum(tff.federated_map(busy_or_wrong, seconds))
+
+    with local_worker(clients_per_subround=1):
+        clients([0.1, 0.1])
+        with pytest.raises(runtime.ComputationError, match="assertion failed"):
+            clients([0.0] + [1.0] * 30)
+        started_at = time.monotonic()
+        assert clients([0.1, 0.1]) > 0
+        assert time.monotonic() - started_at < 10
+
+
 def test_worker_that_keeps_dying_ends_the_computation_with_an_error(tmp_path):
     computes, ended = tmp_path / "computes", threading.Event()
 

@@ -164,9 +164,18 @@ class _Context(tff.framework.SyncContext):
 
     def invoke(self, comp: Any, arg: Any) -> Any:
         number = self._num_subrounds(comp, arg)
-        if number == 1:
-            return self._queue.submit(comp, arg).result()
-        return subrounds.invoke(comp, arg, number, self._queue.submit)
+        try:
+            if number == 1:
+                return self._queue.submit(comp, arg).result()
+            return subrounds.invoke(comp, arg, number, self._queue.submit)
+        except Exception:
+            self._queue.clear()
+            raise
+        except BaseException:  # As by Ctrl-C in a notebook, which goes on.
+            self._queue.clear()
+            for worker in self._workers:
+                worker.give_up()
+            raise
 
     def num_shares(self, num_clients: int) -> int:
         cores = self._cores
@@ -237,6 +246,12 @@ class _Queue:
         job = _Job((not urgent, next(self._counter)), comp, arg)
         self._jobs.put(job)
         return job.result
+
+    def clear(self) -> None:
+        """Forgets what waits."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._jobs.get_nowait()
 
     def require(self, path: pathlib.Path) -> None:
         """Makes sure that a text file is the same for all workers, now and when one comes back."""

@@ -128,6 +128,9 @@ class Worker:
         """
         return asyncio.run(_read(self._reading_stub, os.fspath(path)))
 
+    def give_up(self) -> None:
+        """Ends what it computes, which nobody waits for any more, if it is one of this program. It stays usable."""
+
     def close(self) -> None:
         """Ends what this program has of it. What still computes ends with an error."""
         if self._is_closed:
@@ -188,6 +191,7 @@ class LocalWorker(Worker):
         self._process = None
         self._losses = self._connects = 0
         self._hung = ""
+        self._is_given_up = False
 
     def start(self) -> None:
         """Starts it.
@@ -199,10 +203,15 @@ class LocalWorker(Worker):
 
     def compute(self, comp, arg):
         self._losses = self._connects = 0
+        self._is_given_up = False
         return super().compute(comp, arg)
 
+    def give_up(self):
+        self._is_given_up = True  # The next process is for the next computation.
+        self._process.kill()
+
     def _connect(self):
-        if self._is_closed:
+        if self._is_closed or self._is_given_up:
             raise RuntimeError("the TFF worker was stopped")
         self._connects += 1
         if self._process is None:
