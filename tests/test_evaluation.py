@@ -4,7 +4,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 from numpy_model import loss_and_gradient
 
-from tff_fedavg import build_fed_eval, evaluation
+from tff_fedavg import ClientDataset, build_fed_eval, build_fed_sgd, evaluation, functional_model_from_keras
 
 
 @pytest.mark.parametrize("batch_size", [3, 200])
@@ -42,3 +42,42 @@ def test_clients_are_called_in_equal_numbers_and_those_without_examples_not_at_a
 def test_a_batch_size_that_would_never_end_is_refused(model, client_dataset, batch_size):
     with pytest.raises((TypeError, ValueError), match=f"batch_size is {batch_size}; it must be"):
         build_fed_eval(model, client_dataset, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("build", [build_fed_eval, lambda *args: build_fed_sgd(*args, learning_rate=0.1)])
+@pytest.mark.parametrize(
+    ("change", "has"),
+    [
+        ({"x": np.zeros([2, 4])}, "float64 (None, 4)', 'int64 (None,)'"),
+        ({"x": np.zeros([2, 5], np.float32)}, "float32 (None, 5)', 'int64 (None,)'"),
+        ({"y": np.zeros(2, np.int32)}, "float32 (None, 4)', 'int32 (None,)'"),
+    ],
+)
+def test_a_data_set_of_other_batches_than_the_model_takes_is_refused(build, change, has):
+    columns = {"x": np.zeros([2, 4], np.float32), "y": np.zeros(2, np.int64)}
+    model, other = _model(columns), ClientDataset.from_arrays([columns | change])
+    with pytest.raises(ValueError) as error:
+        build(model, other)
+    takes = "model takes batches ('float32 (None, 4)', 'int64 (None,)')"
+    assert str(error.value).startswith(f"{takes}, and client_dataset has ('{has}): ")
+
+
+def test_sample_weights_are_for_training_and_a_data_set_to_evaluate_may_have_them_or_not(worker):
+    columns = {"x": np.arange(8, dtype=np.float32).reshape(2, 4), "y": np.array([0, 1])}
+    weighted = columns | {"sample_weight": np.float32([1, 3])}
+    for trained, evaluated in ((columns, weighted), (weighted, weighted), (weighted, columns)):
+        model = _model(trained)
+        weights = tff.learning.models.ModelWeights(*model.initial_weights)
+        logits = columns["x"] @ weights.trainable[0] + weights.trainable[1]
+        losses = np.log(np.exp(logits).sum(axis=1)) - logits[[0, 1], columns["y"]]
+        metrics = build_fed_eval(model, ClientDataset.from_arrays([evaluated]))(weights, [0])
+        assert metrics["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+    with pytest.raises(ValueError, match="^model takes batches "):
+        build_fed_sgd(_model(weighted), ClientDataset.from_arrays([columns]), learning_rate=0.1)
+
+
+def _model(columns):
+    tf.keras.utils.set_random_seed(0)
+    keras_model = tf.keras.Sequential([tf.keras.layers.Dense(3, input_shape=(4,))])
+    loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return functional_model_from_keras(keras_model, loss, ClientDataset.from_arrays([columns]).batch_spec)

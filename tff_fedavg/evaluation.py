@@ -105,7 +105,7 @@ def _client_metrics(
     model: tff.learning.models.FunctionalModel, client_dataset: ClientDataset, batch_size: int
 ) -> tuple[tff.Type, tff.Computation]:
     """Returns the type of the model's weights, and the computation of the unfinalized metrics of a client."""
-    check_model_and_data(model, client_dataset)
+    check_model_and_data(model, client_dataset, trains=False)
     batch_size = as_integer("batch_size", batch_size)
     weights_type = model_weights_type(model)
 

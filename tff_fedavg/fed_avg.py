@@ -341,8 +341,13 @@ def _build_aggregation(aggregator: Factory, update_type: tff.types.StructType) -
     return aggregation
 
 
-def check_model_and_data(model: tff.learning.models.FunctionalModel, client_dataset: ClientDataset) -> None:
-    """Raises a `TypeError` for what is something else, and says what to call; a `ValueError` if there is no example."""
+def check_model_and_data(
+    model: tff.learning.models.FunctionalModel, client_dataset: ClientDataset, *, trains: bool = True
+) -> None:
+    """Raises a `TypeError` for what is something else, and says what to call; a `ValueError` if they do not fit.
+
+    Only to train both have to have sample weights, or neither.
+    """
     if not isinstance(model, tff.learning.models.FunctionalModel):
         raise TypeError(
             f"model is a {type(model).__name__}; make a functional model of a Keras model with "
@@ -355,6 +360,16 @@ def check_model_and_data(model: tff.learning.models.FunctionalModel, client_data
         )
     if not client_dataset.num_examples.sum():
         raise ValueError("client_dataset has no examples")
+    takes, has = (spec if trains else spec[:2] for spec in (model.input_spec, client_dataset.batch_spec))
+    try:
+        fits = all(tf.nest.flatten(tf.nest.map_structure(lambda a, b: a.is_compatible_with(b), takes, has)))
+    except (TypeError, ValueError):  # Of another structure.
+        fits = False
+    if not fits:
+        takes, has = (tf.nest.map_structure(lambda s: f"{s.dtype.name} {s.shape}", spec) for spec in (takes, has))
+        raise ValueError(
+            f"model takes batches {takes}, and client_dataset has {has}: make the model for this client_dataset.batch_spec"
+        )
 
 
 def check_optimizer(name: str, optimizer: Optimizer | None) -> None:
