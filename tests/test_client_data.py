@@ -338,6 +338,26 @@ def test_a_cache_in_which_another_file_is_in_the_way_is_refused_and_the_file_kep
     assert prepare(tmp_path, client_arrays).num_clients == 6
 
 
+@pytest.mark.parametrize(
+    ("preprocess_fn", "message"),
+    [
+        (lambda e: (e["x"][e["y"] < 1], e["y"][e["y"] < 1]), r"makes \d+ examples of 50; it must make one of each"),
+        (lambda e: (tf.reshape(e["x"], [-1, 2]), e["y"]), "makes 100 examples of 50; it must make one of each"),
+        (
+            lambda e: (tf.gather(e["x"], 50 + tf.cast(e["y"], tf.int32)), e["y"]),
+            "fails with the first 50 examples: InvalidArgumentError: ",
+        ),
+    ],
+)
+def test_a_preprocess_fn_that_drops_or_adds_examples_or_fails_with_them_is_refused(
+    tmp_path, client_arrays, preprocess_fn, message
+):
+    write_client_dataset(tmp_path, client_arrays)
+    with pytest.raises(ValueError, match=f"^preprocess_fn {message}") as error:
+        ClientDataset(tmp_path, preprocess_fn)
+    assert "\n" not in str(error.value)
+
+
 def test_a_preprocess_fn_that_does_not_fit_leaves_the_cache_as_it_is(tmp_path, client_arrays, capsys):
     calls = []
     prepare(tmp_path, client_arrays, calls=calls)

@@ -34,12 +34,13 @@ from tff_fedavg import columns
 from tff_fedavg.json_record import read_record, write_record
 from tff_fedavg.regular_file import open_regular
 from tff_fedavg.scratch import locked, remove_left, scratch_directory
-from tff_fedavg.traced import TracedFunction
+from tff_fedavg.traced import TracedFunction, first_error
 
 _FORMAT_VERSION = 2
 _EXAMPLES, _OFFSETS, _MANIFEST = "examples.bin", "offsets.bin", "manifest.json"
 _CHECKSUM_CHUNK = 1 << 24
 _PREPARING = ".preparing-"
+_TRIED_EXAMPLES = 100
 
 # (x, y) or (x, y, sample_weight); x and y may be nested.
 Batch = tuple[Any, ...]
@@ -89,6 +90,7 @@ class ClientDataset:
         self._offsets = _read_offsets(self.directory, manifest)
         self.num_examples = np.diff(self._offsets)
         self._preprocess = _trace(preprocess_fn, self.element_spec)
+        self._try_preprocess_fn()
 
     @classmethod
     def from_arrays(
@@ -239,6 +241,19 @@ class ClientDataset:
         if not self.num_examples.sum():  # There is no mapping an empty file.
             return tf.zeros([0, self.record_bytes], tf.uint8)
         return self._map(_EXAMPLES, tf.uint8, [self.num_examples.sum(), self.record_bytes])[begin:end]
+
+    def _try_preprocess_fn(self) -> None:
+        """Raises a `ValueError` if preprocess_fn fails, or drops or adds examples: n_k is the number of stored ones."""
+        num = min(_TRIED_EXAMPLES, int(self.num_examples.sum()))
+        if not num:
+            return
+        try:
+            batch = self.batch(self.gather(np.arange(num)), tf.range(num), tf.zeros([2], tf.int32))
+        except tf.errors.OpError as e:
+            raise ValueError(f"preprocess_fn fails with the first {num} examples: {first_error(e)}") from e
+        for tensor in tf.nest.flatten(batch):
+            if tensor.shape[0] != num:
+                raise ValueError(f"preprocess_fn makes {tensor.shape[0]} examples of {num}; it must make one of each")
 
     def _map(self, name: str, dtype: tf.DType, shape: Sequence[int]) -> tf.Tensor:
         """Returns a file as a tensor, mapped into memory: what is not looked at is not read."""
