@@ -15,6 +15,7 @@ import numpy as np
 from absl import flags
 
 from binaries.command_line import program, run_dirs
+from binaries.command_line.output_dir import make_output_dir
 from binaries.experiment import Experiment
 from binaries.experiment.record import SETTINGS
 from tff_fedavg import learning_curve, picture, run_directory
@@ -72,8 +73,7 @@ def main(arguments: Sequence[str]) -> None:
         if run.x(_X.value) is None:
             raise ValueError(f"--x={_X.value}: {run.name} has not counted them; take --x=rounds")
     target = _target(runs)
-    output_dir = pathlib.Path(os.path.expanduser(_OUTPUT_DIR.value))
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = make_output_dir(_OUTPUT_DIR.value)
     table = _table(runs, target)
     print(table)
     _plot(output_dir / "comparison.png", runs, target, _X.value)

@@ -12,7 +12,6 @@ histograms are left in --output_dir.
 """
 
 import csv
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from absl import flags
 
 from binaries.command_line import program, saved_run, worker_flags
 from binaries.command_line.number import Number
+from binaries.command_line.output_dir import make_output_dir
 from binaries.experiment import Experiment
 from binaries.experiment.record import SETTINGS
 from tff_fedavg.replacement import replacement
@@ -54,7 +54,10 @@ def main() -> None:
     run_dir, experiment, round_number = saved_run.chosen()
     personalization = _personalization(experiment)
     workers = worker_flags.chosen()
-    output_dir = pathlib.Path(os.path.expanduser(_OUTPUT_DIR.value or f"{run_dir}/evaluation"))
+    if personalization or _SPLIT.value == "train":
+        output_dir = make_output_dir(_OUTPUT_DIR.value or f"{run_dir}/evaluation")
+    elif _OUTPUT_DIR.value:
+        raise ValueError("--output_dir is of no use without --split=train or --personalize_epochs: leave it out")
     print(f"round {round_number} of {run_dir} (TensorFlow takes some seconds to start)", flush=True)
     # Last, since they import TensorFlow.
     import tff_fedavg
@@ -139,7 +142,6 @@ def _report_personalization(path: pathlib.Path, results: Mapping[int, Any], task
 
 
 def _write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacement(path.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

@@ -3,12 +3,10 @@
 python -m binaries.explore --task=mnist_2nn --data=embedded --partition=pathological
 """
 
-import os
-import pathlib
-
 from absl import flags
 
 from binaries.command_line import data_flags, experiment_flags, program
+from binaries.command_line.output_dir import make_output_dir
 from binaries.experiment import Experiment
 from tff_fedavg import picture
 
@@ -24,8 +22,7 @@ def main() -> None:
     experiment = Experiment(learning_rate=1.0, **experiment_flags.given())
     experiment.find_data(data_flags.directories()["data_dir"])
     name = "-".join(part for part in (experiment.task_name, experiment.partition) if part)
-    output_dir = pathlib.Path(os.path.expanduser(_OUTPUT_DIR.value or f"pictures/{name}"))
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = make_output_dir(_OUTPUT_DIR.value or f"pictures/{name}")
     print(f"pictures of {experiment.task} in {output_dir} (TensorFlow takes some seconds to start)", flush=True)
 
     from tasks import pictures  # Last, since it imports TensorFlow.

@@ -17,11 +17,8 @@ from tff_fedavg.learning_curve import Target
 from tff_fedavg.run_directory import read_config
 
 
-def evaluate_run(run_dir, output_dir, *flags):
-    cache = run_dir.parent / "cache"
-    result = run_program(
-        "binaries.evaluate", f"--run_dir={run_dir}", f"--cache_dir={cache}", f"--output_dir={output_dir}", *flags
-    )
+def evaluate_run(run_dir, *flags):
+    result = run_program("binaries.evaluate", f"--run_dir={run_dir}", f"--cache_dir={run_dir.parent / 'cache'}", *flags)
     assert (result.returncode, result.stderr) == (0, "")
     return result.stdout.splitlines()
 
@@ -31,19 +28,19 @@ def rows_of(path):
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
-def test_test_metrics_are_those_of_the_run(short_run, tmp_path):
+def test_test_metrics_are_those_of_the_run(short_run):
     row = metrics_table.read_metrics(short_run / "metrics.csv")[-1]
-    lines = evaluate_run(short_run, tmp_path, "--round=3")
+    lines = evaluate_run(short_run, "--round=3")
     expected = f"loss {row['evaluation/loss']:.4f}, accuracy {row['evaluation/accuracy']:.4f}"
     assert lines == [
         f"round 3 of {short_run} (TensorFlow takes some seconds to start)",
         f"on the 1000 examples of the test set: {expected}",
     ]
-    assert list(tmp_path.iterdir()) == []
+    assert not (short_run / "evaluation").exists()
 
 
 def test_each_client_has_the_accuracy_that_plain_keras_finds(short_run, tmp_path):
-    lines = evaluate_run(short_run, tmp_path, "--split=train")
+    lines = evaluate_run(short_run, f"--output_dir={tmp_path}", "--split=train")
     rows = rows_of(tmp_path / "round_3_train.csv")
     task = tasks.build_task("mnist_2nn", data="embedded", cache_dir=short_run.parent / "cache")
     model = tff_fedavg.keras_model(
@@ -66,7 +63,8 @@ def test_each_client_has_the_accuracy_that_plain_keras_finds(short_run, tmp_path
 
 
 def test_personalization_has_a_row_per_client_and_its_numbers_are_those_of_the_rows(short_run, tmp_path):
-    lines = evaluate_run(short_run, tmp_path, "--personalize_epochs=2", "--batch_size=0", "--learning_rate=0.05")
+    flags = ["--personalize_epochs=2", "--batch_size=0", "--learning_rate=0.05"]
+    lines = evaluate_run(short_run, f"--output_dir={tmp_path}", *flags)
     rows = rows_of(tmp_path / "round_3_personalized_E2.csv")
     assert [(row["client"], row["num_examples"], row["num_held_out"]) for row in rows] == [
         (k, 32, 8) for k in range(100)
@@ -87,6 +85,8 @@ def test_personalization_has_a_row_per_client_and_its_numbers_are_those_of_the_r
         (["--personalize_epochs=1", "--learning_rate=0"], "--learning_rate=0: take a number above 0"),
         (["--personalize_epochs=1", "--split=train"], "--split is of no use with --personalize_epochs"),
         (["--split=all"], "--split=all"),
+        (["--output_dir=here"], "--output_dir is of no use without --split=train or --personalize_epochs"),
+        (["--split=train", "--output_dir=/dev/null"], "/dev/null"),
         (["--round=1"], "has no state of round 1: take one of [0, 3]"),
     ],
 )

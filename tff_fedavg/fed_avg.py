@@ -368,7 +368,7 @@ def check_model_and_data(
     if not fits:
         takes, has = (tf.nest.map_structure(lambda s: f"{s.dtype.name} {s.shape}", spec) for spec in (takes, has))
         raise ValueError(
-            f"model takes batches {takes}, and client_dataset has {has}: make the model for this client_dataset.batch_spec"
+            f"model takes batches {takes}, and client_dataset has {has}: make the model with its batch_spec"
         )
 
 
