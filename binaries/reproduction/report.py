@@ -300,7 +300,8 @@ def _figure_section(number: int, figure: Figure, results_dir: pathlib.Path) -> s
     title = f"## Figure {number}: {figure.title}"
     measured = {curve: points for curve in figure.curves if len(points := _points(figure, curve, results_dir))}
     if not measured:
-        return f"{title}\n\n{_NOT_RUN}"
+        note = published.explanations().get(f"figure {number}")
+        return f"{title}\n\n{': '.join(filter(None, (_NOT_RUN, note)))}"
     with_runs = {curve.panel for curve in measured}
     panels = [panel for panel in dict.fromkeys(curve.panel for curve in figure.curves) if panel in with_runs]
     drawn, axes = _panels(title.removeprefix("## "), panels)

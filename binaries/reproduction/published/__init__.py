@@ -5,7 +5,8 @@
 - curves.json: figure, panel, curve, points. Figures 1, 4, 5, 9 and 10 are the vertices of the vector graphics, without
   those where a curve is clipped; Figures 3 and 8 the markers that can be told apart in the bitmaps; Figures 2 and 7
   some ends of curves, read by eye.
-- explanations.json: why a measured number differs from the paper's, by the name of the cell; written by hand.
+- explanations.json: why a measured number differs from the paper's, by the name of the cell, or what there is in the
+  place of a figure that was not run, by "figure N"; written by hand.
 """
 
 import dataclasses
@@ -103,5 +104,5 @@ def curves(figure: int) -> Curves:
 
 @functools.cache
 def explanations() -> Mapping[str, str]:
-    """Returns, by the name of a cell, why what was measured differs from the paper."""
+    """Returns, by the name of a cell, why what was measured differs; by "figure N", what there is in its place."""
     return json.loads((_DIRECTORY / "explanations.json").read_text())
