@@ -168,13 +168,11 @@ class _Context(tff.framework.SyncContext):
             if number == 1:
                 return self._queue.submit(comp, arg).result()
             return subrounds.invoke(comp, arg, number, self._queue.submit)
-        except Exception:
-            self._queue.clear()
-            raise
-        except BaseException:  # As by Ctrl-C in a notebook, which goes on.
-            self._queue.clear()
-            for worker in self._workers:
-                worker.give_up()
+        except BaseException as e:
+            self._queue.clear()  # Of the other subrounds.
+            if not isinstance(e, Exception):  # As by Ctrl-C in a notebook, which goes on.
+                for worker in self._workers:
+                    worker.give_up()
             raise
 
     def num_shares(self, num_clients: int) -> int:
