@@ -366,6 +366,10 @@ def absolute_in_python(x):
             lambda: sequential(layers.Dense(4, kernel_constraint="non_neg")),
             "dense.*/kernel:0 has the constraint NonNeg, which the average of weights that meet it need not meet",
         ),
+        (
+            lambda: sequential(layers.Dense(4, dtype="float64")),
+            "dense.*/kernel:0 is float64; take float32, or the policy mixed_bfloat16",
+        ),
         (OwnStep, "OwnStep has a train_step of its own, which would not be called"),
         (OwnLoss, "OwnLoss has a compute_loss of its own, which would not be called"),
         (two_outputs, "the model has 2 outputs, and Keras's losses are for one: give a function of"),

@@ -165,6 +165,8 @@ def _check_model(keras_model: tf.keras.Model) -> None:
                 "mixed_bfloat16 or float32"
             )
     for v in keras_model.trainable_variables:
+        if v.dtype != tf.float32:
+            raise ValueError(f"{v.name} is {v.dtype.name}; take float32, or the policy mixed_bfloat16")
         if v.constraint is not None:
             raise ValueError(
                 f"{v.name} has the constraint {type(v.constraint).__name__}, which the average of weights that meet it "
