@@ -30,4 +30,9 @@ def client_update(weights, x, y, order, *, epochs, batch_size, learning_rate):
 
 
 def max_difference(a, b):
-    return max(np.abs(np.asarray(x) - np.asarray(y)).max() for x, y in zip(a, b, strict=True))
+    """Returns the largest difference of arrays of the same shapes; NaN if there is one in any of them."""
+    differences = []
+    for x, y in zip(a, b, strict=True):
+        assert np.shape(x) == np.shape(y)
+        differences.append(np.abs(np.asarray(x) - np.asarray(y)).max())
+    return np.max(differences)

@@ -202,12 +202,16 @@ def in_a_child(function):
 
 
 def count_operations(run_dir):
+    counted = run_dir.with_suffix(".count")
+
     def run():
         count = file_operations(run_dir, lambda number: None)
         train(run_dir, [])
-        return count()
+        counted.write_text(str(count()))
+        return 0
 
-    return in_a_child(run)
+    assert in_a_child(run) == 0
+    return int(counted.read_text())
 
 
 def test_client_files_whose_preparation_was_killed_before_any_operation_on_a_file_are_prepared_by_the_next(tmp_path):
@@ -260,8 +264,8 @@ def test_killed_before_any_operation_on_a_file_and_resumed_a_run_ends_bit_equal(
 def test_a_disk_that_is_full_from_any_operation_on_ends_in_a_line_and_the_run_goes_on_bit_equal(
     tmp_path, straight, saves_each_round
 ):
-    operations = count_operations(tmp_path / "count")
-    for number in range(1, operations + 1):
+    statuses = []
+    for number in range(1, count_operations(tmp_path / "count") + 1):
         run_dir = tmp_path / f"full_{number}"
 
         def full(run_dir=run_dir, number=number):
@@ -277,6 +281,8 @@ def test_a_disk_that_is_full_from_any_operation_on_ends_in_a_line_and_the_run_go
             return 0
 
         # Where it is an operation on a file that is only read, or one that is no longer needed, the run may end well.
-        assert in_a_child(full) in (0, 2), number
+        statuses.append(in_a_child(full))
+        assert statuses[-1] in (0, 2), number
         assert train(run_dir, []) == straight, number
         shutil.rmtree(run_dir)
+    assert statuses.count(2) > 0.9 * len(statuses) > 50

@@ -104,4 +104,4 @@ def test_points_where_a_curve_is_clipped_or_markers_touch_are_left_out():
             x < end for panel in published.curves(figure).values() for points in panel.values() for x, _ in points
         )
     assert 5 not in dict(published.curves(3)["iid"]["E=5"])  # Offset by 0.47 of a round.
-    assert all(y != 0.33335 for points in published.curves(9)["cifar_cnn"].values() for _, y in points)
+    assert all(abs(y - 0.33335) > 1e-4 for points in published.curves(9)["cifar_cnn"].values() for _, y in points)

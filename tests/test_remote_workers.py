@@ -13,7 +13,7 @@ import psutil
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
-from conftest import ROOT
+from conftest import ROOT, own_worker
 from numpy_model import max_difference
 from programs import run_alone, run_program
 from tensorflow.python.data.experimental.ops import testing
@@ -188,12 +188,14 @@ def test_a_computation_that_kills_its_workers_ends(impatient, tmp_path, monkeypa
         sum_of_seconds([0.0])
         thread = threading.Thread(target=keep_killing)
         thread.start()
-        with pytest.raises(
-            RuntimeError, match=f"^3 workers were lost with the same computation, last worker {program.address}"
-        ):
-            sum_of_seconds([30.0])
-        end.set()
-        thread.join()
+        try:
+            with pytest.raises(
+                RuntimeError, match=f"^3 workers were lost with the same computation, last worker {program.address}"
+            ):
+                sum_of_seconds([30.0])
+        finally:
+            end.set()
+            thread.join()
     program.kill()
 
 
@@ -223,6 +225,7 @@ class FakeWorker:
     def __init__(self, name, losses, *, is_back=True):
         self.name = name
         self.asked = threading.Event()
+        self.has_read = []
         self._losses = losses
         self._is_back = is_back
 
@@ -239,6 +242,7 @@ class FakeWorker:
     def read_text(self, path):
         self.asked.set()
         time.sleep(0.3)
+        self.has_read.append(path)
         return path.read_text()
 
     def close(self):
@@ -257,6 +261,7 @@ def test_a_worker_that_comes_back_while_files_are_required_is_used_with_all_of_t
         assert worker.asked.wait(5)  # For the first, since it is back.
         workers.require(paths[1])
         assert result.result(timeout=5) == 7
+        assert worker.has_read[-1] == paths[1]
 
 
 def test_an_end_while_all_are_lost_ends_all_threads(monkeypatch):
@@ -341,6 +346,7 @@ def test_a_run_goes_on_after_its_workers_were_gone(programs, addresses, tmp_path
     )
     metrics = run_dir / "metrics.csv"
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 4):
+        assert trained.poll() is None, trained.stderr.read()
         time.sleep(0.1)
     program.kill()
     _, errors = trained.communicate(timeout=60)
@@ -354,9 +360,12 @@ def test_a_run_goes_on_after_its_workers_were_gone(programs, addresses, tmp_path
     shutil.rmtree(run_dir)
 
 
-def test_a_local_worker_within_remote_ones_computes_for_itself(addresses):
-    total = build_sum()
+def test_a_local_worker_within_remote_ones_computes_for_itself(programs, addresses):
+    @tff.tensorflow.computation
+    def process_id():
+        return tf.strings.split(tf.data.TextLineDataset("/proc/self/stat").get_single_element())[0]
+
     with remote_workers(addresses):
         with local_worker():
-            assert total([1, 2, 3]) == 6
-        assert total([1, 2, 3]) == 6
+            assert int(process_id()) == own_worker().pid
+        assert int(process_id()) in [program.process.pid for program in programs]

@@ -1,4 +1,5 @@
 import concurrent.futures
+import contextlib
 import os
 import pathlib
 import signal
@@ -151,10 +152,12 @@ def test_worker_that_keeps_dying_ends_the_computation_with_an_error(tmp_path):
     with local_worker():
         killer = threading.Thread(target=keep_killing)
         killer.start()
-        with pytest.raises(RuntimeError, match=message):
-            never_ends()
-        ended.set()
-        killer.join()
+        try:
+            with pytest.raises(RuntimeError, match=message):
+                never_ends()
+        finally:
+            ended.set()
+            killer.join()
 
 
 @pytest.fixture
@@ -288,14 +291,15 @@ def test_what_a_worker_says_that_does_not_start_is_in_the_error(tmp_path, monkey
 
 def test_a_worker_that_does_not_get_ready_is_given_up(tmp_path, monkeypatch):
     binary = tmp_path / "worker"
-    binary.write_text("#!/bin/sh\necho waiting >&2\nexec sleep 60\n")
+    binary.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\necho waiting >&2\nexec sleep 60\n")
     binary.chmod(0o755)
     monkeypatch.setattr(worker_process, "BINARY", binary)
     monkeypatch.setattr(worker_module, "_SECONDS_TO_GET_READY", 1.0)
     with pytest.raises(RuntimeError, match="the TFF worker did not get ready in 1 s: waiting"):
         with local_worker():
             pass
-    assert not [p for p in psutil.Process().children(recursive=True) if p.name() == "sleep"]
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int((tmp_path / "pid").read_text())).wait(timeout=5)
 
 
 def test_many_workers_in_one_program_leave_nothing_open():
@@ -373,7 +377,7 @@ def test_worker_within_a_worker_leaves_the_outer_one_in_use(worker):
     busy_clients([0.0])
 
 
-def test_each_client_computes_in_one_thread(worker):
+def test_the_worker_is_told_to_compute_each_client_in_one_thread(worker):
     (process,) = (p for p in psutil.Process().children(recursive=True) if p.name() == "worker_binary")
     assert process.environ()["TF_NUM_INTRAOP_THREADS"] == "1"
 
