@@ -40,7 +40,7 @@ _FORMAT_VERSION = 2
 _EXAMPLES, _OFFSETS, _MANIFEST = "examples.bin", "offsets.bin", "manifest.json"
 _CHECKSUM_CHUNK = 1 << 24
 _PREPARING = ".preparing-"
-_TRIED_EXAMPLES = 100
+_TRIED_EXAMPLES, _TRIED_BYTES = 100, 1 << 24  # At most, when preprocess_fn is tried.
 
 # (x, y) or (x, y, sample_weight); x and y may be nested.
 Batch = tuple[Any, ...]
@@ -244,7 +244,7 @@ class ClientDataset:
 
     def _try_preprocess_fn(self) -> None:
         """Raises a `ValueError` if preprocess_fn fails, or drops or adds examples: n_k is the number of stored ones."""
-        num = min(_TRIED_EXAMPLES, int(self.num_examples.sum()))
+        num = min(_TRIED_EXAMPLES, 1 + _TRIED_BYTES // self.record_bytes, int(self.num_examples.sum()))
         if not num:
             return
         try:
