@@ -137,6 +137,7 @@ def test_a_killed_download_leaves_nothing_to_the_next(tmp_path, server):
     code = "import pathlib, sys; from tasks.download import download; download(sys.argv[1], pathlib.Path(sys.argv[2]))"
     process = subprocess.Popen([sys.executable, "-c", code, f"{server.url}/hangs", str(tmp_path / "data")], cwd=ROOT)
     while not server.requests:
+        assert process.poll() is None
         time.sleep(0.05)
     process.kill()
     process.wait()

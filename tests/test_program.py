@@ -359,8 +359,8 @@ def test_training_in_a_terminal_that_is_closed_saves_and_ends(tmp_path):
 
 def test_training_whose_output_nobody_reads_any_more_saves_and_ends_quietly(tmp_path):
     started = start("-m", "binaries.train", *TRAIN, f"--run_dir={tmp_path}/run", f"--cache_dir={tmp_path}/cache")
-    while not started.stdout.readline().startswith("round 0/4000"):
-        pass
+    while not (line := started.stdout.readline()).startswith("round 0/4000"):
+        assert line, started.stderr.read()
     started.stdout.close()
     assert started.wait(20) == 128 + signal.SIGPIPE
     assert started.stderr.read() == ""
