@@ -1,3 +1,5 @@
+import collections
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -60,6 +62,18 @@ def test_a_data_set_of_other_batches_than_the_model_takes_is_refused(build, chan
         build(model, other)
     takes = "model takes batches ('float32 (None, 4)', 'int64 (None,)')"
     assert str(error.value).startswith(f"{takes}, and client_dataset has ('{has}): ")
+
+
+@pytest.mark.parametrize("convert", [tuple, list, lambda spec: collections.OrderedDict(zip("xy", spec))])
+def test_functional_models_of_tff_may_name_what_they_take(worker, convert):
+    columns = {"x": np.arange(8, dtype=np.float32).reshape(2, 4), "y": np.array([0, 1])}
+    dataset = ClientDataset.from_arrays([columns])
+    keras_model = tf.keras.Sequential([tf.keras.layers.Dense(3, input_shape=(4,))])
+    loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    spec = convert(dataset.batch_spec)
+    model = tff.learning.models.functional_model_from_keras(keras_model, loss, spec)
+    process = build_fed_sgd(model, dataset, learning_rate=0.1)
+    assert process.next(process.initialize(), [0]).metrics["client_work"]["train"]["num_examples"] == 2
 
 
 def test_sample_weights_are_for_training_and_a_data_set_to_evaluate_may_have_them_or_not(worker):

@@ -18,7 +18,7 @@ updates and not of all, and with more clients no longer for each. Another aggreg
 
 import collections
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import tensorflow as tf
@@ -360,7 +360,10 @@ def check_model_and_data(
         )
     if not client_dataset.num_examples.sum():
         raise ValueError("client_dataset has no examples")
-    takes, has = (spec if trains else spec[:2] for spec in (model.input_spec, client_dataset.batch_spec))
+    takes, has = model.input_spec, client_dataset.batch_spec
+    takes = tuple(takes.values() if isinstance(takes, Mapping) else takes)  # TFF's examples name them x and y.
+    if not trains:
+        takes, has = takes[:2], has[:2]
     try:
         fits = all(tf.nest.flatten(tf.nest.map_structure(lambda a, b: a.is_compatible_with(b), takes, has)))
     except (TypeError, ValueError):  # Of another structure.
