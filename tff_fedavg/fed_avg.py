@@ -365,7 +365,8 @@ def check_model_and_data(
     if not trains:
         takes, has = takes[:2], has[:2]
     try:
-        fits = all(tf.nest.flatten(tf.nest.map_structure(lambda a, b: a.is_compatible_with(b), takes, has)))
+        each_fits = tf.nest.map_structure(lambda a, b: a.is_compatible_with(b), takes, has, check_types=False)
+        fits = all(tf.nest.flatten(each_fits))
     except (TypeError, ValueError):  # Of another structure.
         fits = False
     if not fits:
