@@ -358,6 +358,15 @@ def test_a_preprocess_fn_that_drops_or_adds_examples_or_fails_with_them_is_refus
     assert "\n" not in str(error.value)
 
 
+def test_many_data_sets_are_opened_without_a_warning_of_tensorflow(tmp_path, client_arrays, monkeypatch):
+    write_client_dataset(tmp_path, client_arrays)
+    told = []
+    monkeypatch.setattr(tf.get_logger(), "warning", lambda *args: told.append(args))
+    for _ in range(8):
+        ClientDataset(tmp_path, identity)
+    assert told == []
+
+
 def test_a_preprocess_fn_that_does_not_fit_leaves_the_cache_as_it_is(tmp_path, client_arrays, capsys):
     calls = []
     prepare(tmp_path, client_arrays, calls=calls)

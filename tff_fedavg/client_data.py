@@ -247,8 +247,10 @@ class ClientDataset:
         num = min(_TRIED_EXAMPLES, 1 + _TRIED_BYTES // self.record_bytes, int(self.num_examples.sum()))
         if not num:
             return
+        arguments = tf.constant(self.gather(np.arange(num))), tf.range(num), tf.zeros([2], tf.int32)
         try:
-            batch = self.batch(self.gather(np.arange(num)), tf.range(num), tf.zeros([2], tf.int32))
+            # Called without it, the fifth data set brings a warning of TensorFlow's that functions are traced often.
+            batch = tf.function(self.batch, autograph=False).get_concrete_function(*arguments)(*arguments)
         except tf.errors.OpError as e:
             raise ValueError(f"preprocess_fn fails with the first {num} examples: {first_error(e)}") from e
         for tensor in tf.nest.flatten(batch):
