@@ -13,8 +13,9 @@ class RecordingDataset(ClientDataset):
     """A client dataset that keeps the indices of the examples that were read."""
 
     def __init__(self, directory, preprocess_fn):
-        super().__init__(directory, preprocess_fn)
         self.read_indices = []
+        super().__init__(directory, preprocess_fn)
+        self.read_indices.clear()  # Of those that preprocess_fn was tried with.
 
     def gather(self, indices):
         self.read_indices.append(indices)
