@@ -46,7 +46,7 @@ test-wheel: .venv/ready | $(UV)
 	UV=$(UV) $(PYTHON) -m pytest --numprocesses=0 tests/wheel.py
 
 test-benchmarks: .venv/ready
-	$(PYTHON) -m pytest tests/benchmarks.py
+	$(PYTHON) -m pytest tests/benchmarking.py
 
 .venv/jupyter: notebooks/requirements.txt .venv/ready
 	$(UV) pip install --quiet --python $(PYTHON) --no-deps --requirement notebooks/requirements.txt
