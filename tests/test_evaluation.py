@@ -57,7 +57,8 @@ def test_a_batch_size_that_would_never_end_is_refused(model, client_dataset, bat
 )
 def test_a_data_set_of_other_batches_than_the_model_takes_is_refused(build, change, has):
     columns = {"x": np.zeros([2, 4], np.float32), "y": np.zeros(2, np.int64)}
-    model, other = _model(columns), ClientDataset.from_arrays([columns | change])
+    model = _model(ClientDataset.from_arrays([columns]).batch_spec)
+    other = ClientDataset.from_arrays([columns | change])
     with pytest.raises(ValueError) as error:
         build(model, other)
     takes = "model takes batches ('float32 (None, 4)', 'int64 (None,)')"
@@ -68,10 +69,7 @@ def test_a_data_set_of_other_batches_than_the_model_takes_is_refused(build, chan
 def test_functional_models_of_tff_may_name_what_they_take(worker, convert):
     columns = {"x": np.arange(8, dtype=np.float32).reshape(2, 4), "y": np.array([0, 1])}
     dataset = ClientDataset.from_arrays([columns])
-    keras_model = tf.keras.Sequential([tf.keras.layers.Dense(3, input_shape=(4,))])
-    loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    spec = convert(dataset.batch_spec)
-    model = tff.learning.models.functional_model_from_keras(keras_model, loss, spec)
+    model = _model(convert(dataset.batch_spec), tff.learning.models.functional_model_from_keras)
     process = build_fed_sgd(model, dataset, learning_rate=0.1)
     assert process.next(process.initialize(), [0]).metrics["client_work"]["train"]["num_examples"] == 2
 
@@ -79,19 +77,23 @@ def test_functional_models_of_tff_may_name_what_they_take(worker, convert):
 def test_sample_weights_are_for_training_and_a_data_set_to_evaluate_may_have_them_or_not(worker):
     columns = {"x": np.arange(8, dtype=np.float32).reshape(2, 4), "y": np.array([0, 1])}
     weighted = columns | {"sample_weight": np.float32([1, 3])}
-    for trained, evaluated in ((columns, weighted), (weighted, weighted), (weighted, columns)):
-        model = _model(trained)
+    without_weights, with_weights = (ClientDataset.from_arrays([c]) for c in (columns, weighted))
+    for trained, evaluated in (
+        (without_weights, with_weights),
+        (with_weights, with_weights),
+        (with_weights, without_weights),
+    ):
+        model = _model(trained.batch_spec)
         weights = tff.learning.models.ModelWeights(*model.initial_weights)
         logits = columns["x"] @ weights.trainable[0] + weights.trainable[1]
         losses = np.log(np.exp(logits).sum(axis=1)) - logits[[0, 1], columns["y"]]
-        metrics = build_fed_eval(model, ClientDataset.from_arrays([evaluated]))(weights, [0])
+        metrics = build_fed_eval(model, evaluated)(weights, [0])
         assert metrics["loss"] == pytest.approx(losses.mean(), rel=1e-5)
     with pytest.raises(ValueError, match="^model takes batches "):
-        build_fed_sgd(_model(weighted), ClientDataset.from_arrays([columns]), learning_rate=0.1)
+        build_fed_sgd(_model(with_weights.batch_spec), without_weights, learning_rate=0.1)
 
 
-def _model(columns):
+def _model(input_spec, from_keras=functional_model_from_keras):
     tf.keras.utils.set_random_seed(0)
     keras_model = tf.keras.Sequential([tf.keras.layers.Dense(3, input_shape=(4,))])
-    loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    return functional_model_from_keras(keras_model, loss, ClientDataset.from_arrays([columns]).batch_spec)
+    return from_keras(keras_model, tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True), input_spec)

@@ -226,8 +226,12 @@ def test_weights_go_to_any_keras_model_and_come_back(build):
     own = functional(original, tf.TensorSpec([None, 4])).initial_weights
     weights = tf.nest.map_structure(lambda w: w + np.ones_like(w), own)
     exported = tff_fedavg.keras_model(original, tff.learning.models.ModelWeights(*weights))
-    for variables, expected in zip((exported.trainable_variables, exported.non_trainable_variables), weights):
-        assert max_difference([0, *variables], [0, *expected]) == 0
+    for name, values in zip(("trainable_variables", "non_trainable_variables"), weights):
+        assert max_difference([0, *getattr(exported, name)], [0, *values]) == 0
+        for variable, value in zip(getattr(original, name), values, strict=True):
+            variable.assign(value)
+    x = np.random.default_rng(0).normal(size=[5, 4]).astype(np.float32)
+    np.testing.assert_array_equal(exported.predict(x, verbose=0), original.predict(x, verbose=0))
     again = functional(exported, tf.TensorSpec([None, 4])).initial_weights
     for part, expected in zip(again, weights):
         assert max_difference([0, *part], [0, *expected]) == 0

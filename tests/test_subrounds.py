@@ -147,11 +147,12 @@ def test_the_updates_of_a_subround_take_a_gigabyte(large):
         assert subrounds.num_for_memory(next_round, arg, None, cores) == expected
 
 
-def test_the_worker_does_not_grow_with_the_rounds_when_their_numbers_of_clients_differ(large):
+@pytest.mark.parametrize("aggregator", ["mean", "robust"])  # The mean's TFF clients are at most as many as cores.
+def test_the_worker_does_not_grow_with_the_rounds_when_their_numbers_of_clients_differ(large, aggregator):
     """TFF's own runtime takes 10 to 15 times the model's size more for each number of clients."""
     with local_worker():
         process = own_worker()
-        fed_avg = build(*large, "robust")
+        fed_avg = build(*large, aggregator)
         state = fed_avg.initialize()
         megabytes = []
         for _ in range(2):
