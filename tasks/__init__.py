@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tasks import own, sources
+from tff_fedavg.integer import as_integer
 
 if TYPE_CHECKING:
     from tasks.task import Task
@@ -149,10 +150,13 @@ def build_task(
       seed: Seeds the partition.
 
     Raises:
+      TypeError: If clients or seed is no integer.
       ValueError: If there is no such task, data source or partition, the data are missing or damaged, or the partition
-        does not fit them.
+        does not fit them; if clients, dirichlet_alpha or seed is out of range.
     """
     name = os.fspath(name)
+    seed = as_integer("seed", seed, 0)
+    clients = clients if clients is None else as_integer("clients", clients)
     data_dir = DATA_DIR if data_dir is None else data_dir
     cache_dir = CACHE_DIR if cache_dir is None else cache_dir
     data, partition = choose(name, data, partition, clients)

@@ -15,13 +15,20 @@ _processes.set_forkserver_preload(["tensorflow_federated", "matplotlib.pyplot"])
 
 
 def run_alone(module, *flags, timeout=120, **kwargs):
-    """Runs `python -m module`, for what a start promises: what is told at once, no noise."""
+    """Runs `python -m module`, for what a start promises, such as no noise."""
     command = [sys.executable, "-m", module, *map(str, flags)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, **kwargs)
 
 
+def run_at_once(module, *flags, **kwargs):
+    """Does the same where no program gets far with TensorFlow, whose import takes seconds."""
+    with tempfile.TemporaryDirectory() as directory:
+        pathlib.Path(directory, "tensorflow.py").write_text("raise AssertionError('TensorFlow is imported')")
+        return run_alone(module, *flags, env={**os.environ, "PYTHONPATH": directory}, **kwargs)
+
+
 def run_program(module, *flags, timeout=120):
-    """Does the same in a process with the imports of TensorFlow and TFF, which take half the time of a start."""
+    """Runs it in a process with the imports of TensorFlow and TFF, which take half the time of a start."""
     arguments = [module, *map(str, flags)]
     with tempfile.TemporaryDirectory() as directory:
         output, errors = (pathlib.Path(directory, name) for name in ("stdout", "stderr"))

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import tensorflow as tf
 from conftest import ROOT
+from programs import run_at_once
 
 from binaries.command_line import program
 
@@ -197,9 +198,7 @@ def test_errors_are_one_line_with_flags_as_they_are_typed(typed, told):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_help_is_that_of_the_program_and_quick(name):
-    started = time.monotonic()
-    result = run(name, "-h")
-    assert time.monotonic() - started < 3
+    result = run_at_once(f"binaries.{name}", "-h")
     assert (result.returncode, result.stderr) == (0, "")
     assert f"python -m binaries.{name}" in result.stdout
     assert "\n  --" in result.stdout and "--pdb" not in result.stdout and str(ROOT) not in result.stdout

@@ -15,7 +15,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 from conftest import ROOT, own_worker
 from numpy_model import max_difference
-from programs import run_alone, run_program
+from programs import run_at_once, run_program
 from tensorflow.python.data.experimental.ops import testing
 from test_subrounds import CLIENTS, build, run_rounds
 
@@ -328,11 +328,9 @@ def test_addresses_that_are_none_are_refused(given, message):
 )
 @pytest.mark.parametrize("program", ["train", "reproduce"])
 def test_flags_of_workers_are_checked_before_tensorflow_starts(program, flags, message):
-    started = time.monotonic()
-    result = run_alone(f"binaries.{program}", *flags)
+    result = run_at_once(f"binaries.{program}", *flags)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(f"{program}: {message}") and result.stderr.count("\n") == 1
-    assert time.monotonic() - started < 4
 
 
 def test_a_run_goes_on_after_its_workers_were_gone(programs, addresses, tmp_path):

@@ -34,10 +34,15 @@ ROOT = pathlib.Path(__file__).parent.parent
             )
             for alpha in (0, -1.0, float("inf"), float("nan"), "1")
         ),
+        (dict(name="cifar_cnn", clients=0), "clients is 0; it must be from 1 to"),
+        (dict(name="cifar_cnn", clients=3.0), "clients is 3.0; it must be an integer"),
+        (dict(name="cifar_cnn", seed=-1), "seed is -1; it must be from 0 to"),
+        (dict(name="cifar_cnn", seed=None), "seed is None; it must be an integer"),
+        (dict(name="my.module:build", seed="a"), "seed is 'a'; it must be an integer"),
     ],
 )
 def test_bad_settings_are_refused_before_data_are_looked_for_and_the_choices_are_named(tmp_path, settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         tasks.build_task(**settings, data_dir=tmp_path, cache_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -73,6 +78,13 @@ def test_client_files_of_older_versions_are_found(tmp_path):
 def label_shares(task, num_labels=10):
     labels = [task.train.load(k)["label"] for k in range(task.train.num_clients)]
     return np.array([np.bincount(client, minlength=num_labels) / len(client) for client in labels])
+
+
+def test_numbers_of_numpys_types_are_those_of_pythons(tmp_path):
+    settings = dict(name="mnist_2nn", data="embedded", partition="dirichlet", cache_dir=tmp_path)
+    task = tasks.build_task(**settings, clients=20, dirichlet_alpha=2, seed=3)
+    other = tasks.build_task(**settings, clients=np.int32(20), dirichlet_alpha=np.float32(2), seed=np.int64(3))
+    assert other.train.directory == task.train.directory
 
 
 def test_dirichlet_partition_depends_on_alpha_and_so_do_its_files(tmp_path):
