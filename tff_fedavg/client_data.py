@@ -69,7 +69,7 @@ class ClientDataset:
         Args:
           directory: The directory.
           preprocess_fn: Maps a batch of stored examples (mapping from feature name to a tensor `[batch, ...]`) and, if
-            it has a second argument, a seed (int32 `[2]`, for random augmentation) to `(x, y)` or
+            it has a second argument without a default, a seed (int32 `[2]`, for random augmentation) to `(x, y)` or
             `(x, y, sample_weight)`, or to a mapping with these names. x may be any nest of tensors. Runs in the graph:
             it is traced once, here, as a `tf.function`; variables that it uses keep the values that they have now.
 

@@ -180,44 +180,9 @@ def _build_learning_process(
 
     weights_type = initial_weights.type_signature.result
 
-    def client_work(weights, round_number, client_id):
-        """Returns d_k, its weight, and what is summed up for the metrics."""
-        records = client_dataset.read(client_id)
-        num_examples = tf.shape(records)[0]
-        update, loss_sum = client_fn(
-            weights,
-            num_examples,
-            lambda indices, seed: client_dataset.batch(records, indices, seed),
-            round_number,
-            minibatch_seed(seed, round_number, client_id),
-        )
-        # A sum is finite if all its terms are, and takes less time than to look at each of them.
-        is_finite = tf.math.is_finite(loss_sum + tf.add_n([tf.reduce_sum(value) for value in update]))
-        kept = tf.cast(is_finite, tf.int64)
-        update = tf.cond(is_finite, lambda: update, lambda: [tf.zeros_like(value) for value in update])
-        num_examples = kept * tf.cast(num_examples, tf.int64)
-        weight = num_examples if client_weighting is ClientWeighting.NUM_EXAMPLES else kept
-        sums = collections.OrderedDict(
-            loss=tf.where(is_finite, loss_sum, 0.0), num_examples=num_examples, clients_left_out=1 - kept
-        )
-        return tuple(update), tf.cast(weight, tf.float32), sums
-
-    @tff.tensorflow.computation(weights_type, np.int32, tff.TensorType(np.int32, [None]))
-    def share_work(weights, round_number, client_ids):
-        """Returns the sums of what `client_work` returns for the clients of a share, with d_k times its weight."""
-
-        def add_client(i, sums):
-            update, weight, other = client_work(weights, round_number, client_ids[i])
-            added = tuple(weight * value for value in update), weight, other
-            return i + 1, tf.nest.map_structure(tf.add, sums, added)
-
-        no_sums = collections.OrderedDict(loss=0.0, num_examples=np.int64(0), clients_left_out=np.int64(0))
-        zero = tuple(tf.zeros_like(value) for value in weights.trainable), 0.0, no_sums
-        _, sums = tf.while_loop(lambda i, _: i < tf.size(client_ids), add_client, (0, zero), parallel_iterations=1)
-        return sums
-
+    client_work = _build_client_work(client_dataset, client_fn, seed, client_weighting)
     if aggregator is None:
-        work, aggregation = share_work, _build_mean_of_shares(weights_type.trainable)
+        work, aggregation = _build_share_work(client_work, weights_type), _build_mean_of_shares(weights_type.trainable)
     else:
         work = tff.tensorflow.computation(client_work, weights_type, np.int32, np.int32)
         aggregation = _build_aggregation(aggregator, weights_type.trainable)
@@ -285,6 +250,56 @@ def _build_learning_process(
         return state._replace(global_model_weights=weights)
 
     return _LearningProcess(client_dataset, initialize, next_round, get_model_weights, set_model_weights)
+
+
+def _build_client_work(
+    client_dataset: ClientDataset, client_fn: Callable, seed: int, client_weighting: ClientWeighting
+) -> Callable:
+    """Builds the function of the weights, the round's number and a client's id that computes the client's part."""
+
+    def client_work(weights, round_number, client_id):
+        """Returns d_k, its weight, and what is summed up for the metrics."""
+        records = client_dataset.read(client_id)
+        num_examples = tf.shape(records)[0]
+        update, loss_sum = client_fn(
+            weights,
+            num_examples,
+            lambda indices, seed: client_dataset.batch(records, indices, seed),
+            round_number,
+            minibatch_seed(seed, round_number, client_id),
+        )
+        # A sum is finite if all its terms are, and takes less time than to look at each of them.
+        is_finite = tf.math.is_finite(loss_sum + tf.add_n([tf.reduce_sum(value) for value in update]))
+        kept = tf.cast(is_finite, tf.int64)
+        update = tf.cond(is_finite, lambda: update, lambda: [tf.zeros_like(value) for value in update])
+        num_examples = kept * tf.cast(num_examples, tf.int64)
+        weight = num_examples if client_weighting is ClientWeighting.NUM_EXAMPLES else kept
+        sums = collections.OrderedDict(
+            loss=tf.where(is_finite, loss_sum, 0.0), num_examples=num_examples, clients_left_out=1 - kept
+        )
+        return tuple(update), tf.cast(weight, tf.float32), sums
+
+    return client_work
+
+
+def _build_share_work(client_work: Callable, weights_type: tff.types.StructType) -> tff.Computation:
+    """Builds `client_work` for the clients of a share of S_t, whose ids come as `[n]`."""
+
+    @tff.tensorflow.computation(weights_type, np.int32, tff.TensorType(np.int32, [None]))
+    def share_work(weights, round_number, client_ids):
+        """Returns the sums of what `client_work` returns for each, with d_k times its weight."""
+
+        def add_client(i, sums):
+            update, weight, other = client_work(weights, round_number, client_ids[i])
+            added = tuple(weight * value for value in update), weight, other
+            return i + 1, tf.nest.map_structure(tf.add, sums, added)
+
+        no_sums = collections.OrderedDict(loss=0.0, num_examples=np.int64(0), clients_left_out=np.int64(0))
+        zero = tuple(tf.zeros_like(value) for value in weights.trainable), 0.0, no_sums
+        _, sums = tf.while_loop(lambda i, _: i < tf.size(client_ids), add_client, (0, zero), parallel_iterations=1)
+        return sums
+
+    return share_work
 
 
 class _LearningProcess(tff.learning.templates.LearningProcess):
