@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -97,6 +98,18 @@ def test_whatever_numpy_makes_an_array_of_is_a_column(tmp_path, column, dtype, v
     dataset = ClientDataset(tmp_path, identity)
     assert dataset.element_spec["x"].dtype.name == dtype
     assert dataset.load(0)["x"].tolist() == values
+
+
+def test_a_client_is_written_in_pieces_that_take_little_memory(tmp_path):
+    x = np.arange(12_500_000, dtype=np.int64).reshape(100, -1)  # 100 MB, in pieces of 17.
+    tracemalloc.start()
+    write_client_dataset(tmp_path, [{"x": x, "y": np.arange(100)}])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 45_000_000
+    loaded = ClientDataset(tmp_path, lambda examples: (examples["x"], examples["y"])).load(0)
+    np.testing.assert_array_equal(loaded["x"], x)
+    np.testing.assert_array_equal(loaded["y"], np.arange(100))
 
 
 def test_an_empty_list_takes_the_dtype_and_shape_of_the_other_clients(tmp_path):

@@ -38,9 +38,9 @@ from tff_fedavg.traced import TracedFunction, first_error
 
 _FORMAT_VERSION = 2
 _EXAMPLES, _OFFSETS, _MANIFEST = "examples.bin", "offsets.bin", "manifest.json"
-_CHECKSUM_CHUNK = 1 << 24
+_BYTES_AT_ONCE = 1 << 24  # Of examples in memory, beside what the user has there.
 _PREPARING = ".preparing-"
-_TRIED_EXAMPLES, _TRIED_BYTES = 100, 1 << 24  # At most, when preprocess_fn is tried.
+_TRIED_EXAMPLES = 100  # At most, when preprocess_fn is tried.
 
 # (x, y) or (x, y, sample_weight); x and y may be nested.
 Batch = tuple[Any, ...]
@@ -244,7 +244,7 @@ class ClientDataset:
 
     def _try_preprocess_fn(self) -> None:
         """Raises a `ValueError` if preprocess_fn fails, or drops or adds examples: n_k is the number of stored ones."""
-        num = min(_TRIED_EXAMPLES, 1 + _TRIED_BYTES // self.record_bytes, int(self.num_examples.sum()))
+        num = min(_TRIED_EXAMPLES, 1 + _BYTES_AT_ONCE // self.record_bytes, int(self.num_examples.sum()))
         if not num:
             return
         arguments = tf.constant(self.gather(np.arange(num))), tf.range(num), tf.zeros([2], tf.int32)
@@ -384,10 +384,13 @@ def _write_examples(file: BinaryIO, clients: Iterable[Mapping[str, Any]]) -> tup
             features[name] = dtype
         num_examples = max(0 if array is None else len(array) for array in arrays.values())
         if num_examples:
-            records = np.empty(num_examples, list(features.items()))
-            for name, array in arrays.items():
-                records[name] = array
-            file.write(records.tobytes())
+            dtype = np.dtype(list(features.items()))
+            at_once = 1 + _BYTES_AT_ONCE // dtype.itemsize
+            for begin in range(0, num_examples, at_once):
+                records = np.empty(min(at_once, num_examples - begin), dtype)
+                for name, array in arrays.items():
+                    records[name] = array[begin : begin + at_once]
+                file.write(records.tobytes())
         offsets.append(offsets[-1] + num_examples)
     if not features:
         raise ValueError("a client dataset needs at least one client, got none")
@@ -606,6 +609,6 @@ def _crc32(path: pathlib.Path) -> int:
     """Returns the CRC-32 of a file."""
     crc32 = 0
     with open_regular(path) as file:
-        while chunk := file.read(_CHECKSUM_CHUNK):
+        while chunk := file.read(_BYTES_AT_ONCE):
             crc32 = zlib.crc32(chunk, crc32)
     return crc32
