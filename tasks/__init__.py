@@ -3,6 +3,7 @@
 This module knows the names only; TensorFlow is imported when a task is built.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import numbers
@@ -175,7 +176,9 @@ def build_task(
     }
     if name not in TASKS:
         defaults = {"data_dir": pathlib.Path(DATA_DIR).expanduser(), "cache_dir": pathlib.Path(CACHE_DIR).expanduser()}
-        return own.build(name, arguments, [a for a, value in arguments.items() if value != defaults.get(a)])
+        given = [a for a, value in arguments.items() if value != defaults.get(a)]
+        with contextlib.chdir(os.curdir):  # Its code may change it, which would take the files of a run elsewhere.
+            return own.build(name, arguments, given)
     if partition == "dirichlet":
         arguments["dirichlet_alpha"] = _DIRICHLET_ALPHA if dirichlet_alpha is None else dirichlet_alpha
     elif dirichlet_alpha is not None:

@@ -104,6 +104,14 @@ def test_a_file_imports_those_beside_it(write, tmp_path, monkeypatch):
     assert tasks.build_task(write(f"import dataclasses\n{code}")).name == "helped"
 
 
+def test_a_task_that_changes_the_working_directory_changes_it_for_itself(write, tmp_path, capsys):
+    before = os.getcwd()
+    path = write("import os; os.chdir(os.path.dirname(__file__))\ndef build(): print(os.getcwd()); return make()")
+    tasks.build_task(path)
+    assert capsys.readouterr().out == f"{tmp_path}\n"
+    assert os.getcwd() == before
+
+
 def test_a_run_on_other_examples_is_not_gone_on_with(write, tmp_path):
     code = "def build():\n    data = ClientDataset.from_arrays([{{'x': [[1.0, {}]], 'y': [0.0]}}])\n"
     code += "    return dataclasses.replace(make(), train=data, test=DATASET)"
