@@ -12,10 +12,12 @@ histograms are left in --output_dir.
 """
 
 import csv
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from absl import flags
 
 from binaries.command_line import program, saved_run, worker_flags
@@ -42,7 +44,7 @@ _BATCH_SIZE = flags.DEFINE(
     Number(SETTINGS["batch_size"]), "batch_size", None, "B of it; 0 is B = inf. By default that of the run."
 )
 _LEARNING_RATE = flags.DEFINE(
-    Number(SETTINGS["learning_rate"]), "learning_rate", None, "eta of it; by default that of the run."
+    Number(SETTINGS["learning_rate"]), "learning_rate", None, "eta of it; by default the run's, without its decay."
 )
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Where the files go; by default RUN_DIR/evaluation.")
 
@@ -110,35 +112,49 @@ def _report_clients(path: pathlib.Path, results: Mapping[int, Any], task: "Task"
     num_examples = [int(task.train.num_examples[k]) for k in results]
     rows = [{"client": k, "num_examples": n, **metrics} for (k, metrics), n in zip(results.items(), num_examples)]
     _write_csv(path, rows)
-    values = [metrics[target.metric] for metrics in results.values()]
+    num_examples, values = _known(target, num_examples, [metrics[target.metric] for metrics in results.values()])
     title = f"{task.name}: {target.metric} on the clients' training examples"
-    distribution.plot(path.with_suffix(".png"), {f"{len(results)} clients": values}, target=target, title=title)
+    distribution.plot(path.with_suffix(".png"), {f"{len(values)} clients": values}, target=target, title=title)
     summary = distribution.summarize(values, num_examples, lower_is_better=target.lower_is_better)
-    print(f"{target.metric} of {len(results)} clients on their training examples: {summary}")
+    print(f"{target.metric} of {len(values)} clients on their training examples: {summary}")
     print(f"see {path}.csv and {path}.png")
 
 
 def _report_personalization(path: pathlib.Path, results: Mapping[int, Any], task: "Task", target: "Target") -> None:
+    from tasks.task import LOSS
     from tff_fedavg import distribution, personalization
 
+    if diverged := sum(not math.isfinite(metrics["after"][LOSS]) for metrics in results.values()):
+        raise ValueError(f"{diverged} of {len(results)} clients diverged: give a smaller --learning_rate")
     held_out = [int(personalization.num_held_out(task.train.num_examples[k])) for k in results]
     rows = []
     for (k, metrics), n in zip(results.items(), held_out):
         named = {f"{name}_{when}": value for when, each in metrics.items() for name, value in each.items()}
         rows.append({"client": k, "num_examples": task.train.num_examples[k] - n, "num_held_out": n, **named})
     _write_csv(path, rows)
-    before, after = ([metrics[when][target.metric] for metrics in results.values()] for when in ("before", "after"))
+    values = [[metrics[when][target.metric] for metrics in results.values()] for when in ("before", "after")]
+    held_out, before, after = _known(target, held_out, *values)
     title = f"{task.name}: {target.metric} on a fifth of each client's examples"
     distribution.plot(
         path.with_suffix(".png"), {"before": before, f"after {_EPOCHS.value} epochs": after}, target=target, title=title
     )
-    print(f"{target.metric} of {len(results)} clients on a fifth of their training examples, held out only now:")
+    print(f"{target.metric} of {len(before)} clients on a fifth of their training examples, held out only now:")
     for when, values in (("before", before), ("after", after)):
         summary = distribution.summarize(values, held_out, lower_is_better=target.lower_is_better)
         print(f"{when + ':':7} {summary}")
-    gains = [(b - a if target.lower_is_better else a - b) for b, a in zip(before, after)]
-    print(f"better for {sum(g > 0 for g in gains)} clients, worse for {sum(g < 0 for g in gains)}")
+    gains = before - after if target.lower_is_better else after - before
+    print(f"better for {np.sum(gains > 0)} clients, worse for {np.sum(gains < 0)}")
     print(f"see {path}.csv and {path}.png")
+
+
+def _known(target: "Target", num_examples: Sequence[int], *values: Sequence[float]) -> tuple[np.ndarray, ...]:
+    """Returns the numbers, `[clients]` each, of the clients whose metric is a number."""
+    known = np.isfinite(values).all(axis=0)
+    if not known.any():
+        raise ValueError(f"{target.metric} is no number for any client")
+    if not known.all():
+        print(f"{np.sum(~known)} clients are left out, whose {target.metric} is no number")
+    return np.array(num_examples)[known], *np.array(values)[:, known]
 
 
 def _write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -9,6 +9,7 @@ import scipy.optimize
 import scipy.stats
 import tensorflow_federated as tff
 from numpy_model import max_difference
+from test_fed_avg import diverging_for
 
 from binaries.experiment import Experiment, aggregators
 from tff_fedavg import build_fed_avg, build_fed_sgd
@@ -20,12 +21,19 @@ BESIDES_THE_UPDATE = 4 + 4 + 8 + 8
 
 
 def build(model, client_dataset, experiment):
-    aggregator = aggregators.build_aggregator(experiment, len(CLIENTS))
-    return build_fed_avg(model, client_dataset, epochs=1, batch_size=5, learning_rate=0.1, aggregator=aggregator)
+    return build_fed_avg(
+        model,
+        client_dataset,
+        epochs=1,
+        batch_size=None,
+        learning_rate=0.1,
+        client_weighting=tff.learning.ClientWeighting[experiment.client_weighting.upper()],
+        aggregator=aggregators.build_aggregator(experiment, len(CLIENTS)),
+    )
 
 
-def weights_after_a_round(process):
-    return process.next(process.initialize(), CLIENTS).state.global_model_weights.trainable
+def weights_after_a_round(process, clients=CLIENTS):
+    return process.next(process.initialize(), clients).state.global_model_weights.trainable
 
 
 @pytest.mark.parametrize("name", ["robust", "compressed"])
@@ -35,11 +43,16 @@ def test_without_zeroing_and_clipping_a_small_model_is_averaged_as_by_the_mean(
 ):
     """Values of up to 20,000 elements are not compressed."""
     plain = Experiment(aggregator=name, zeroing=False, clipping=False, client_weighting=weighting)
-    uniform = tff.learning.ClientWeighting[weighting.upper()]
-    mean = build_fed_avg(model, client_dataset, epochs=1, batch_size=5, learning_rate=0.1, client_weighting=uniform)
-    assert (
-        max_difference(weights_after_a_round(build(model, client_dataset, plain)), weights_after_a_round(mean)) < 1e-7
-    )
+    mean = Experiment(client_weighting=weighting)
+    found, expected = (weights_after_a_round(build(model, client_dataset, each)) for each in (plain, mean))
+    assert max_difference(found, expected) < 1e-7
+
+
+def test_a_client_that_is_left_out_has_no_part_in_an_average_in_which_all_count_the_same(worker, model, client_dataset):
+    plain = Experiment(aggregator="robust", zeroing=False, clipping=False, client_weighting="uniform")
+    found = weights_after_a_round(build(model, diverging_for(client_dataset, [3]), plain))
+    expected = weights_after_a_round(build(model, client_dataset, plain), [0, 1, 4])
+    assert max_difference(found, expected) < 1e-7
 
 
 def test_clipping_and_zeroing_bound_an_update(worker, model, client_dataset):
@@ -115,3 +128,4 @@ def test_epsilon_falls_with_noise_and_sampling_and_grows_with_rounds():
     assert epsilon(clients_per_round=5) < epsilon() < epsilon(clients_per_round=100)
     assert epsilon(rounds=50) < epsilon() < epsilon(rounds=200)
     assert epsilon(delta=1e-4) < epsilon() < epsilon(delta=1e-6)
+    assert epsilon(rounds=0) == 0

@@ -75,6 +75,14 @@ def test_personalization_has_a_row_per_client_and_its_numbers_are_those_of_the_r
     assert (tmp_path / "round_3_personalized_E2.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_clients_that_diverge_are_told_and_no_file_is_left(short_run, tmp_path):
+    flags = [f"--run_dir={short_run}", f"--cache_dir={short_run.parent / 'cache'}", f"--output_dir={tmp_path}"]
+    result = run_program("binaries.evaluate", *flags, "--personalize_epochs=2", "--learning_rate=1e30")
+    told = "evaluate: 100 of 100 clients diverged: give a smaller --learning_rate\n"
+    assert (result.returncode, result.stderr) == (2, told)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -28,8 +28,17 @@ def test_what_follows_from_a_setting_that_is_changed_is_chosen_anew():
     changed = experiment.change({"algorithm": "fedsgd", "rounds": 7})
     assert changed == Experiment(task="mnist_2nn", client_fraction=0.2, seed=3, algorithm="fedsgd", rounds=7)
     assert (experiment.batch_size, changed.batch_size) == (10, 0)
-    with pytest.raises(ValueError, match="--client_fraction=0.2 needs --algorithm"):
-        experiment.change({"algorithm": "sgd"})
+
+
+def test_settings_of_what_is_not_there_any_more_go_with_it():
+    experiment = Experiment(aggregator="dp", noise_multiplier=2.0, delta=1e-6, local_epochs=20, seed=3)
+    assert experiment.change({"aggregator": "robust"}) == Experiment(aggregator="robust", local_epochs=20, seed=3)
+    assert experiment.change({"algorithm": "sgd"}) == Experiment(algorithm="sgd", seed=3)
+    fed_sgd = Experiment(algorithm="fedsgd", aggregator="dp", noise_multiplier=2.0, delta=1e-6, seed=3)
+    assert experiment.change({"algorithm": "fedsgd"}) == fed_sgd
+    assert experiment.change({"noise_multiplier": 1.0}).delta == 1e-6
+    with pytest.raises(ValueError, match="^--local_epochs=2 needs --algorithm=fedavg: give that, or leave it out"):
+        experiment.change({"algorithm": "sgd", "local_epochs": 2})
 
 
 def test_a_configuration_that_was_changed_by_hand_is_read_without_its_checksum(tmp_path):
@@ -187,6 +196,7 @@ def test_parameters_of_optimizers_have_the_defaults_of_tff_and_of_reddi_et_al():
         (dict(algorithm="fedsgd", batch_size=10), "--batch_size=10 needs --algorithm=fedavg or sgd: give that, or "),
         (dict(algorithm="sgd", client_fraction=0.1), "--client_fraction=0.1 needs --algorithm=fedavg or fedsgd: give"),
         (dict(algorithm="sgd", local_epochs=1), "--local_epochs=1 needs --algorithm=fedavg: give that, or leave it "),
+        (dict(algorithm="sgd", client_weighting="uniform"), "--client_weighting=uniform: --algorithm=sgd has no"),
         (dict(algorithm="sgd", batch_size=0), "--batch_size=0: --algorithm=sgd takes minibatches, give their size"),
         (dict(decay_every=10), "--decay_every=10 needs --learning_rate_decay: give that, or leave it out"),
         (dict(task="cifar_cnn", data="embedded"), "--data=embedded, but no package comes with data for cifar_cnn"),

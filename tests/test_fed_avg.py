@@ -183,13 +183,13 @@ def test_the_learning_rate_is_any_function_of_the_rounds(worker, model, client_d
         assert max_difference(run, weights_of(state)) < 1e-6
 
 
-def diverging_for(client_dataset, clients):
-    """The dataset, with features of these clients that are not finite; they are known by their number of examples."""
+def diverging_for(client_dataset, clients, feature=np.inf):
+    """The dataset, with these clients' features replaced; they are known by their number of examples."""
     sizes = [int(client_dataset.num_examples[k]) for k in clients]
 
     def preprocess(example):
         is_bad = tf.reduce_any(tf.equal(tf.shape(example["x"])[0], sizes))
-        return tf.where(is_bad, np.inf, example["x"]), tf.cast(example["y"], tf.int32)
+        return tf.where(is_bad, feature, example["x"]), tf.cast(example["y"], tf.int32)
 
     return ClientDataset(client_dataset.directory, preprocess)
 
@@ -206,6 +206,15 @@ def test_a_client_whose_update_is_not_finite_is_left_out_with_its_weight(worker,
     assert max_difference(weights_of(state), weights_of(expected)) < 1e-7
     assert metrics["clients_left_out"] == 1 and expected_metrics["clients_left_out"] == 0
     assert metrics["client_work"]["train"] == pytest.approx(expected_metrics["client_work"]["train"], rel=1e-6)
+
+
+def test_a_client_whose_updates_norm_overflows_is_left_out(worker, model, client_dataset):
+    """Its values are finite, but what clips by the norm would make NaN of the average."""
+    diverging = diverging_for(client_dataset, [3], feature=1e25)
+    state, metrics = run_rounds(build_fed_sgd(model, diverging, learning_rate=0.5), 1)
+    expected, _ = run_rounds(build_fed_sgd(model, client_dataset, learning_rate=0.5), 1, clients=[0, 1, 4])
+    assert metrics["clients_left_out"] == 1
+    assert max_difference(weights_of(state), weights_of(expected)) < 1e-7
 
 
 @pytest.mark.parametrize("aggregator", [None, tff.learning.robust_aggregator()], ids=["mean", "robust"])

@@ -234,10 +234,12 @@ def test_evaluations_come_in_round_0_their_multiples_and_the_last(tmp_path, proc
     assert learning_curve.evaluations(run.metrics())[0] == [0, 3, 6, 7]
 
 
+@pytest.mark.parametrize("aggregator", [None, tff.aggregators.UnweightedMeanFactory()])
 def test_three_rounds_without_a_finite_update_stop_the_run_and_the_weights_stay(
-    tmp_path, worker, model, client_dataset
+    tmp_path, worker, model, client_dataset, aggregator
 ):
-    process = build_fed_avg(model, client_dataset, epochs=2, batch_size=3, learning_rate=1e30)
+    """Also where the aggregator has an average of zeros, as that of differential privacy."""
+    process = build_fed_avg(model, client_dataset, epochs=2, batch_size=3, learning_rate=1e30, aggregator=aggregator)
     run = Run(tmp_path, process)
     with pytest.raises(training.DivergedError, match="rounds 1 to 3 diverged: no client had a finite update"):
         # Client 2 has no examples, and so no update that is not finite.

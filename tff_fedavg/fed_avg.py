@@ -58,7 +58,8 @@ def build_fed_avg(
     """Builds FederatedAveraging (Algorithm 1).
 
     `next(state, client_ids)` runs a round with the clients `client_ids` of `client_dataset` (any integers). It is a
-    pure function: the clients' minibatches depend on `seed`, the round that the state counts, and the client.
+    pure function, but for aggregators that draw at random: the clients' minibatches depend on `seed`, the round that
+    the state counts, and the client.
 
     Args:
       model: The model, as `functional_model_from_keras` makes it. TFF's function of that name makes one too, without
@@ -268,8 +269,9 @@ def _build_client_work(
             round_number,
             minibatch_seed(seed, round_number, client_id),
         )
-        # A sum is finite if all its terms are, and takes less time than to look at each of them.
-        is_finite = tf.math.is_finite(loss_sum + tf.add_n([tf.reduce_sum(value) for value in update]))
+        # A sum is finite if all its terms are, and takes less time than to look at each of them. That of the squares is
+        # the norm's, by which aggregators clip: where it is infinite they would make NaN of the whole average.
+        is_finite = tf.math.is_finite(loss_sum + 2 * tf.add_n([tf.nn.l2_loss(value) for value in update]))
         kept = tf.cast(is_finite, tf.int64)
         update = tf.cond(is_finite, lambda: update, lambda: [tf.zeros_like(value) for value in update])
         num_examples = kept * tf.cast(num_examples, tf.int64)

@@ -190,9 +190,11 @@ def _is_lost(metrics):
     """Whether a round had nothing finite to go on with."""
     if not np.isfinite(metrics["client_work/train/loss"]):
         return True
+    num_examples = metrics["client_work/train/num_examples"]
+    if metrics.get("clients_left_out") and not num_examples:  # An aggregator may have made something of zeros.
+        return True
     # Without an average, for want of any examples, the weights stay as well.
-    of_something = metrics["client_work/train/num_examples"] or metrics.get("clients_left_out")
-    return bool(metrics["finalizer/update_non_finite"] and of_something)
+    return bool(metrics["finalizer/update_non_finite"] and num_examples)
 
 
 def _diverged(round_number, lost_rounds, metrics):

@@ -10,16 +10,11 @@ _COUNT_NOISE_PER_CLIENT = 1 / 20
 
 def build_aggregator(experiment: Experiment, clients_per_round: int) -> tff.aggregators.AggregationFactory | None:
     """Returns the aggregator; None is the paper's mean."""
-    weighted = experiment.client_weighting == "num_examples"
     match experiment.aggregator:
         case "robust":
-            return tff.learning.robust_aggregator(
-                zeroing=experiment.zeroing, clipping=experiment.clipping, weighted=weighted
-            )
+            return tff.learning.robust_aggregator(zeroing=experiment.zeroing, clipping=experiment.clipping)
         case "compressed":
-            return tff.learning.compression_aggregator(
-                zeroing=experiment.zeroing, clipping=experiment.clipping, weighted=weighted
-            )
+            return tff.learning.compression_aggregator(zeroing=experiment.zeroing, clipping=experiment.clipping)
         case "dp":
             # As `tff.learning.dp_aggregator`, without its zeroing, which looks at the updates without noise. Its noise
             # of the count is too little for a few clients: half of a multiplier z is the least that adds up to z.
@@ -45,6 +40,8 @@ def epsilon(experiment: Experiment, num_clients: int, clients_per_round: int, ro
     import dp_accounting
     from dp_accounting import rdp
 
+    if not rounds:  # Which the accountant does not take.
+        return 0.0
     # Replacing a client changes the sum by up to two clipping norms, and the multiplier is per one.
     gaussian = dp_accounting.GaussianDpEvent(experiment.noise_multiplier / 2)
     event = dp_accounting.SampledWithoutReplacementDpEvent(num_clients, clients_per_round, gaussian)

@@ -13,6 +13,7 @@ from binaries.experiment.optimizers import build_client_optimizer, build_server_
 from binaries.experiment.record import Experiment
 from tasks.task import Task
 from tff_fedavg.learning_curve import Target, next_evaluation
+from tff_fedavg.sampling import num_sampled_clients
 
 # Updates of SGD between two lines of metrics and of progress: a second or a few.
 _UPDATES_PER_CALL = 20
@@ -66,7 +67,7 @@ def build_process(
     arguments |= {
         "client_weighting": tff.learning.ClientWeighting[experiment.client_weighting.upper()],
         "server_optimizer": build_server_optimizer(experiment),
-        "aggregator": build_aggregator(experiment, len(sample(1))),
+        "aggregator": build_aggregator(experiment, clients_per_round(experiment, task)),
     }
     if experiment.algorithm == "fedsgd":
         process = tff_fedavg.build_fed_sgd(model, task.train, **arguments)
@@ -82,6 +83,11 @@ def build_process(
         )
     # The largest first: no core is left waiting for a large client that started last.
     return process, lambda t: sorted(sample(t), key=lambda k: -task.train.num_examples[k])
+
+
+def clients_per_round(experiment: Experiment, task: Task) -> int:
+    """Returns m (Algorithm 1)."""
+    return num_sampled_clients(task.train.num_clients, experiment.client_fraction)
 
 
 def _num_updates(first_update: int, experiment: Experiment) -> int:

@@ -8,6 +8,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import types
 import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -173,7 +174,8 @@ class Experiment:
     )
     aggregator: str = field(
         "How the updates are averaged: the paper's mean; robust, which zeroes what is too large and clips; compressed, "
-        "the same with updates of 8 bits a value; or dp, with noise for differential privacy, which no seed repeats.",
+        "the same with updates of 8 bits a value; or dp, with noise for differential privacy. No seed repeats what the "
+        "last two draw.",
         "mean",
         takes=("mean", "robust", "compressed", "dp"),
         needs=("algorithm", "fedavg", "fedsgd"),
@@ -197,8 +199,7 @@ class Experiment:
     )
     noise_multiplier: float | None = field(
         "Standard deviation of the noise of --aggregator=dp, in multiples of the norm that updates are clipped to.",
-        takes=(0, 1e6),
-        above=True,
+        takes=(1e-6, 1e6),
         needs=("aggregator", "dp"),
     )
     delta: float | None = field(
@@ -263,6 +264,8 @@ class Experiment:
             raise ValueError("--noise_multiplier has no default for --aggregator=dp: give it")
         if self.algorithm == "sgd" and self.batch_size == 0:
             raise ValueError("--batch_size=0: --algorithm=sgd takes minibatches, give their size")
+        if self.algorithm == "sgd" and self.client_weighting != "num_examples":
+            raise ValueError(f"--client_weighting={self.client_weighting}: --algorithm=sgd has none, leave it out")
 
     @classmethod
     def read(cls, run_dir: str | os.PathLike[str]) -> "Experiment | None":
@@ -306,9 +309,20 @@ class Experiment:
         return dataclasses.asdict(self)
 
     def change(self, changes: Mapping[str, Any]) -> "Experiment":
-        """Returns an experiment like this one, with some settings changed; what follows from them is chosen anew."""
-        chosen = {name: v for name, v in self.to_json().items() if v != SETTINGS[name].default_for(self)}
-        return Experiment(**{**chosen, **changes})
+        """Returns an experiment like this one, with some settings changed.
+
+        What follows from them is chosen anew: defaults, and settings of what is not there any more.
+        """
+        chosen = dict(changes)
+        changed = types.SimpleNamespace(**{**vars(self), **changes})
+        for name, setting in SETTINGS.items():
+            if name in changes:
+                continue
+            if getattr(self, name) == setting.default_for(self) or setting.lacking(changed):
+                setattr(changed, name, setting.default_for(changed))
+            else:
+                chosen[name] = getattr(self, name)
+        return Experiment(**chosen)
 
     def go_on(self, run_dir: str | os.PathLike[str], changes: Mapping[str, Any]) -> "Experiment":
         """Returns the experiment with which the run of this one goes on.

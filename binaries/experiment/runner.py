@@ -9,7 +9,7 @@ import tasks
 import tff_fedavg
 from binaries.experiment import aggregators, precision
 from binaries.experiment.observer import Observer
-from binaries.experiment.process import build_evaluate, build_process, choose_target
+from binaries.experiment.process import build_evaluate, build_process, choose_target, clients_per_round
 from binaries.experiment.record import Experiment
 from binaries.experiment.workers import Workers
 from tasks.task import Task
@@ -18,7 +18,6 @@ from tff_fedavg.communication import bytes_per_client
 from tff_fedavg.learning_curve import Target
 from tff_fedavg.metrics_table import ROUND_FIELD
 from tff_fedavg.run_directory import RunDirectory, check_data, read_metrics
-from tff_fedavg.sampling import num_sampled_clients
 
 # Names in metrics.csv.
 _BYTES_UP = "bytes_up"
@@ -109,10 +108,6 @@ def run(
     return _outcome(experiment, directory, task, target, first_round)
 
 
-def _clients_per_round(experiment: Experiment, task: Task) -> int:
-    return num_sampled_clients(task.train.num_clients, experiment.client_fraction)
-
-
 def _bytes_sent(
     experiment: Experiment, task: Task, process: tff.learning.templates.LearningProcess | tff_fedavg.CentralizedSGD
 ) -> dict[str, int]:
@@ -120,7 +115,7 @@ def _bytes_sent(
     if experiment.algorithm == "sgd":
         return {}
     up, down = bytes_per_client(process)
-    clients = _clients_per_round(experiment, task)
+    clients = clients_per_round(experiment, task)
     return {_BYTES_UP: clients * up, _BYTES_DOWN: clients * down}
 
 
@@ -144,8 +139,7 @@ def _outcome(experiment: Experiment, directory: RunDirectory, task: Task, target
     if sums["clients_left_out"]:
         parts.append(f"{sums['clients_left_out']:.0f} times a client left out, whose update was not finite")
     if experiment.aggregator == "dp":
-        epsilon = aggregators.epsilon(
-            experiment, task.train.num_clients, _clients_per_round(experiment, task), last_round
-        )
+        sampled = task.train.num_clients, clients_per_round(experiment, task)
+        epsilon = aggregators.epsilon(experiment, *sampled, last_round)
         parts.append(f"epsilon {epsilon:.3g} at delta {experiment.delta:g}")
     return f"{', '.join(parts)}; see {directory.path}"
