@@ -131,6 +131,20 @@ TEXT = r"which cannot be stored: encode text as integer ids, for example with np
 
 
 @pytest.mark.parametrize(
+    ("first", "second"), [([1.5], [2]), ([1.5], np.float32([2])), ([1.5], [[2.5]]), ([2], [1.5]), ([], [1.5])]
+)
+def test_clients_of_several_dtypes_or_shapes_are_refused_whatever_comes_first(tmp_path, first, second):
+    """NumPy takes float64 for None, which an empty list has."""
+    clients = [{"x": first}, {"x": second}]
+    if first:
+        with pytest.raises(ValueError, match="^client 1, column 'x', has examples of .*: all need the same"):
+            write_client_dataset(tmp_path, clients)
+    else:
+        write_client_dataset(tmp_path, clients)
+        assert ClientDataset(tmp_path, lambda e: (e["x"], e["x"])).load(1)["x"] == second
+
+
+@pytest.mark.parametrize(
     ("client", "message"),
     [
         (dict(GOOD, y=["a", "b"]), f"^client 1, column 'y', is a list of dtype <U1, {TEXT}"),

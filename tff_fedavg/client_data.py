@@ -376,7 +376,8 @@ def _write_examples(file: BinaryIO, clients: Iterable[Mapping[str, Any]]) -> tup
             if array is None:
                 continue
             dtype = np.dtype((array.dtype.newbyteorder("<"), array.shape[1:]))
-            if features[name] not in (None, dtype):
+            # Not `in`: NumPy takes None for float64.
+            if features[name] is not None and features[name] != dtype:
                 raise ValueError(
                     f"client {k}, column {name!r}, has examples of {_description(dtype)}, but those before it have "
                     f"{_description(features[name])}: all need the same"
