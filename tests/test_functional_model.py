@@ -94,6 +94,11 @@ class Subclassed(tf.keras.Model):
         return self.parts["b"](hidden)
 
 
+class Misfit(Subclassed):
+    def call(self, x, training=False):
+        return self.parts["b"](tf.reshape(x, [7, 7]))
+
+
 class OwnStep(tf.keras.Model):
     def __init__(self):
         super().__init__()
@@ -345,6 +350,12 @@ def test_dropout_leaves_out_the_share_it_is_told_to(worker):
     assert abs(metrics["client_work"]["train"]["loss"] - 1) < 4 * np.sqrt(0.3 / 0.7 / n)
 
 
+def discretized():
+    layer = layers.Discretization(num_bins=2)
+    layer.adapt(np.float32([[-1, -1, 0, 0]]))
+    return sequential(layer, layers.Rescaling(1.0))
+
+
 def absolute_in_python(x):
     return tf.ensure_shape(tf.numpy_function(np.abs, [x], tf.float32), x.shape)
 
@@ -376,6 +387,8 @@ def absolute_in_python(x):
             lambda: tf.keras.Sequential([layers.InputLayer([5]), layers.Dense(3)]),
             "the model fails: ValueError: .*shape",
         ),
+        (Misfit, "the model fails: "),
+        (discretized, r"layer 'discretization.*is adapted, which Keras loses .*; make it with bin_boundaries=\[-1.0\]"),
         (
             lambda: sequential(layers.Dense(4, kernel_constraint="non_neg")),
             "dense.*/kernel:0 has the constraint NonNeg, which the average of weights that meet it need not meet",
@@ -424,9 +437,30 @@ class ShareAbove(tf.keras.metrics.Metric):
         return self.mean
 
 
-class Vector(ShareAbove):
+class Vector(tf.keras.metrics.Mean):
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        return super().update_state(y_pred)
+
     def result(self):
-        return tf.stack([self.mean, self.mean])
+        return tf.stack([self.total, self.count])
+
+
+class Largest(ShareAbove):
+    """Of two parts of a test set TFF would add up the largest values."""
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.mean.assign(tf.maximum(self.mean, tf.reduce_max(y_pred)))
+
+
+class Smoothed(Vector):
+    """Its count would be one too many for each part of a test set."""
+
+    def __init__(self):
+        super().__init__()
+        self.prior = self.add_weight("prior", initializer="ones")
+
+    def result(self):
+        return self.total / (self.count + self.prior)
 
 
 @pytest.mark.parametrize(
@@ -438,7 +472,12 @@ class Vector(ShareAbove):
         (["mse", tf.keras.metrics.MeanSquaredError("mse")], ValueError, "several metrics have the same name"),
         ([ShareAbove(-100.0)], ValueError, "'share' cannot be made anew: get_config of ShareAbove lacks threshold"),
         (["mse", tf.keras.metrics.R2Score()], ValueError, "TFF can make no function of the metric 'r2_score' "),
-        ({"a": Vector}, ValueError, "TFF can make no function of the metric 'a' .*, and to be one number"),
+        ({"a": Vector}, ValueError, "TFF can make no function of the metric 'a' .* not a number"),
+        ([Largest], ValueError, "of the metric 'share' .*its variables are not sums over the examples.*, from zero"),
+        ([Smoothed], ValueError, "of the metric 'mean' .*its variables are not sums over the examples"),
+        ({"mean error": "mse"}, ValueError, "a metric has the name 'mean error': give it one of letters"),
+        ([lambda y_true, y_pred: y_pred], ValueError, "a metric has the name '<lambda>'"),
+        ([tf.keras.metrics.AUC(multi_label=True, num_labels=3)], ValueError, "TFF can make no function .* 'auc"),
     ],
 )
 def test_metrics_that_are_none_are_told(dataset_of, metrics, error, message):
@@ -479,16 +518,81 @@ def test_metrics_of_outputs_with_a_mask_are_those_of_keras(worker):
     assert expected["accuracy"] != pytest.approx(float(unmasked(labels, model.predict(ids, verbose=0))), rel=0.01)
 
 
-def test_a_function_is_a_metric_as_in_keras(worker, arrays, dataset_of):
+@pytest.mark.parametrize(
+    ("activation", "loss", "labels"),
+    [
+        ("softmax", "sparse_categorical_crossentropy", [0, 1, 0, 1]),
+        ("softmax", "categorical_crossentropy", [[1, 0], [0, 1], [1, 0], [0, 1]]),
+        ("sigmoid", "binary_crossentropy", [[1, 0], [0, 1], [1, 0], [0, 1]]),
+    ],
+)
+def test_the_loss_of_probabilities_is_that_of_their_logits_as_in_keras(worker, activation, loss, labels):
+    """Of two confident mistakes of 40 nats; of probabilities, which are clipped at 1e-7, they would be 16."""
+    x = np.array([[40, 0], [0, 40], [0, 40], [40, 0]], np.float32)
+    model = tf.keras.Sequential([layers.InputLayer([2]), layers.Dense(2, activation, kernel_initializer="identity")])
+    dataset = ClientDataset.from_arrays([{"x": x, "y": np.array(labels)}])
+    found = evaluate(worker, model, loss, dataset, {"metric": loss})
+    model.compile(loss=loss, metrics=[loss])
+    assert list(found.values()) == pytest.approx(model.evaluate(x, np.array(labels), verbose=0), rel=1e-5)
+    assert found["loss"] > 10
+
+
+def deviation(y_true, y_pred, power=1.5):
+    return tf.abs(y_true - y_pred) ** power
+
+
+class Deviation:
+    def __call__(self, y_true, y_pred):
+        return deviation(y_true, y_pred)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y_true, y_pred: deviation(y_true, y_pred),
+        deviation,
+        functools.partial(deviation, power=1.5),
+        Deviation(),
+        tf.keras.metrics.MeanMetricWrapper(deviation),
+        tf.keras.__internal__.losses.LossFunctionWrapper(deviation),
+    ],
+)
+def test_a_function_is_a_metric_as_in_keras(worker, arrays, dataset_of, function):
     dataset = dataset_of("x", "value")
-    metrics = {"deviation": lambda y_true, y_pred: tf.abs(y_true - y_pred) ** 1.5}
+    metrics = {"deviation": function}
     functional = functional_model_from_keras(sequential(units=1), "mse", dataset.batch_spec, metrics)
     process = build_fed_avg(functional, dataset, epochs=1, batch_size=None, learning_rate=RATE)
     weights = process.initialize().global_model_weights
     kernel, bias = weights.trainable
     outputs = (arrays["x"] @ kernel + bias)[:, 0]
-    found = build_fed_eval(functional, dataset)(weights, [0])["deviation"]
+    found = build_fed_eval(functional, dataset, batch_size=5)(weights, [0])["deviation"]
     assert found == pytest.approx(np.mean(np.abs(arrays["value"] - outputs) ** 1.5), rel=1e-5)
+
+
+def test_a_function_of_several_outputs_is_a_metric(worker, arrays):
+    dataset = ClientDataset.from_arrays([arrays], lambda e: (e["x"], (e["label"], e["label"])))
+
+    def loss(y_true, y_pred):
+        return SPARSE(y_true[0], y_pred[0]) + SPARSE(y_true[1], y_pred[1])
+
+    def second(y_true, y_pred):
+        return tf.keras.metrics.sparse_categorical_accuracy(y_true[1], y_pred[1])
+
+    model = two_outputs()
+    found = evaluate(worker, model, loss, dataset, [second])["second"]
+    assert found == pytest.approx(np.mean(np.argmax(model(arrays["x"])[1], -1) == arrays["label"]))
+
+
+@pytest.mark.parametrize("last", ["float32", None])
+def test_the_global_policy_mixed_bfloat16_is_taken_as_in_keras(worker, arrays, dataset_of, last):
+    tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        build = lambda: sequential(layers.Dense(5, "relu"), layers.Dense(3, dtype=last))  # noqa: E731
+        x, y = arrays["x"], arrays["label"]
+        assert_step_is_kerass(worker, build, SPARSE, dataset_of("x", "label"), x, y, tolerance=2e-2)
+        assert 0 < evaluate(worker, build(), SPARSE, dataset_of("x", "label"), ["accuracy"])["loss"] < 5
+    finally:
+        tf.keras.mixed_precision.set_global_policy("float32")
 
 
 @pytest.mark.parametrize("units", [1, 2, 12])

@@ -1,5 +1,6 @@
 import concurrent.futures
 import contextlib
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -18,7 +19,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 from conftest import own_worker
 
-from tff_fedavg import local_worker, runtime, worker_process
+from tff_fedavg import default_context, local_worker, runtime, worker_process
 from tff_fedavg import worker as worker_module
 
 PROGRAM = """
@@ -384,9 +385,34 @@ def test_error_in_a_client_is_raised_and_the_worker_stays_usable(worker, client_
     assert len(read(0)) == 7
 
 
+def test_a_forked_process_is_told_to_enter_a_worker_of_its_own(worker):
+    compute = build_busy_clients()
+    receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
+
+    def in_child():
+        try:
+            compute([0.0])
+        except RuntimeError as e:
+            sender.send(str(e))
+
+    child = multiprocessing.get_context("fork").Process(target=in_child)
+    child.start()
+    told = receiver.poll(20) and receiver.recv()
+    child.kill()
+    child.join()
+    assert told == "the worker was entered in another process: enter local_worker() in this one"
+    assert compute([0.0]) > 0
+
+
+@pytest.mark.parametrize("name", ["client_data", "functional_model", "runtime"])
+def test_a_program_that_computes_nothing_ends_without_noise(name):
+    result = subprocess.run([sys.executable, "-c", f"import tff_fedavg.{name}"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
 def test_whoever_enters_no_worker_is_told(worker):
     runtime.check_entered()
-    with tff.framework.get_context_stack().install(runtime._TFFS_OWN):
+    with tff.framework.get_context_stack().install(default_context.TFFS_OWN):
         with pytest.warns(UserWarning, match=r"no local_worker\(\) or remote_workers\(\) is entered: TFF's own worker"):
             runtime.check_entered()
     with concurrent.futures.ThreadPoolExecutor(1) as other_thread:

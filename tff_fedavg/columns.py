@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
+import tff_fedavg.default_context  # noqa: F401
 from tff_fedavg.partition import natural
 
 # Those that TensorFlow makes of bytes again, in the graph.

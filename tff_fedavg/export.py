@@ -41,7 +41,7 @@ def keras_model(
     for part in ("trainable", "non_trainable"):
         if not hasattr(weights, part):
             raise TypeError(f"weights is a {type(weights).__name__}; it must be a tff.learning.models.ModelWeights")
-        variables, values = getattr(model, f"{part}_variables"), getattr(weights, part)
+        variables, values = variables_of(model, part), getattr(weights, part)
         check_shapes(f"the {part} weights", values, variables)
         for variable, value in zip(variables, values):
             variable.assign(value)
@@ -62,6 +62,11 @@ def _copy(model):
             f"the model cannot be copied, since its get_config does not say how it is made ({first_error(e)}): give a "
             "function that builds it"
         ) from e
+
+
+def variables_of(model: tf.keras.Model, part: str) -> list[tf.Variable]:
+    """Returns the "trainable" or the "non_trainable" variables of a model, without the tables of its lookup layers."""
+    return [v for v in getattr(model, f"{part}_variables") if isinstance(v, tf.Variable)]
 
 
 def check_shapes(what: str, values: Sequence[Any], of_model: Sequence[Any]) -> None:

@@ -7,12 +7,16 @@ layers add, and draws other random numbers in each run. Here the model is traced
 import collections
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
+import tff_fedavg.default_context  # noqa: F401
+from tff_fedavg.export import variables_of
 from tff_fedavg.traced import ChangedVariableError, TracedFunction, first_error
 
 Loss = tf.keras.losses.Loss | Callable[[Any, Any], tf.Tensor] | str
@@ -21,6 +25,8 @@ Metric = tf.keras.metrics.Metric | Callable[[], tf.keras.metrics.Metric] | Calla
 Weights = tuple[Sequence[tf.Tensor], Sequence[tf.Tensor]]
 
 _LOSS_METRIC = "loss"
+_NAME = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_./-]*")
+_MASK, _LOGITS = "_keras_mask", "_keras_logits"
 
 
 def functional_model_from_keras(
@@ -62,14 +68,14 @@ class KerasFunctionalModel(tff.learning.models.FunctionalModel):
     def __init__(self, keras_model: tf.keras.Model, loss: Loss, input_spec: tuple[Any, ...], metrics: Any):
         x_spec, y_spec, *_ = input_spec
         build_weights(keras_model, x_spec)
-        trainable, non_trainable = keras_model.trainable_variables, keras_model.non_trainable_variables
         _check_model(keras_model)
+        trainable, non_trainable = (variables_of(keras_model, part) for part in ("trainable", "non_trainable"))
         loss_fn = _loss_fn(loss)
 
         def loss_and_gradient(batch, scale):
             x, y, *sample_weight = batch
             with tf.GradientTape() as tape:
-                value = loss_fn(keras_model(x, training=True), y, *sample_weight)
+                value = tf.cast(loss_fn(keras_model(x, training=True), y, *sample_weight), tf.float32)
                 if keras_model.losses:
                     value += tf.add_n([tf.cast(added, value.dtype) for added in keras_model.losses])
                 scaled_value = scale * value
@@ -78,13 +84,13 @@ class KerasFunctionalModel(tff.learning.models.FunctionalModel):
 
         def predict(x):
             output = keras_model(x, training=False)
-            return [output, *_masks(output)]
+            return output, _attached_to(output)
 
         try:
             scale_spec = tf.TensorSpec([], tf.float32)
             variables = [*trainable, *non_trainable]
             self._predict = TracedFunction("the model", predict, [x_spec], variables)
-            output_spec, *mask_spec = self._predict.output_spec
+            output_spec, attached_spec = self._predict.output_spec
             _check_loss(loss, output_spec)
             self._loss_and_gradient = TracedFunction(
                 "the model", loss_and_gradient, [input_spec, scale_spec], variables
@@ -94,8 +100,8 @@ class KerasFunctionalModel(tff.learning.models.FunctionalModel):
         matched = tf.function(lambda *args: _as_keras_has_them(*args)[0], autograph=False)
         matched_labels = matched.get_concrete_function(output_spec, y_spec).structured_outputs
         y_spec = tf.nest.map_structure(lambda label: tf.TensorSpec(label.shape, label.dtype), matched_labels)
-        constructors = _metric_constructors(metrics, loss_fn, output_spec, y_spec, mask_spec)
-        metrics_fns = _metrics_fns(constructors, output_spec, y_spec, mask_spec)
+        constructors = _metric_constructors(metrics, loss_fn, output_spec, y_spec, attached_spec)
+        metrics_fns = _metrics_fns(constructors, output_spec, y_spec, attached_spec)
         super().__init__(
             initial_weights=tuple(tuple(v.numpy() for v in part) for part in (trainable, non_trainable)),
             predict_on_batch_fn=tf.function(self.predict_on_batch),
@@ -112,10 +118,8 @@ class KerasFunctionalModel(tff.learning.models.FunctionalModel):
                 "with tff.learning.models.functional_model_from_keras"
             )
         trainable, non_trainable = model_weights
-        output, *mask = self._predict(x, variables=[*trainable, *non_trainable])
-        if mask:
-            (output._keras_mask,) = mask  # As Keras has it, for `update_metrics_state`.
-        return output
+        output, attached = self._predict(x, variables=[*trainable, *non_trainable])
+        return _attach(output, attached)  # For `update_metrics_state`.
 
     def update_metrics_state(
         self,
@@ -127,8 +131,8 @@ class KerasFunctionalModel(tff.learning.models.FunctionalModel):
         """As of any functional model; metrics are not weighted, as those of `tf.keras.Model.compile(metrics=...)`."""
         output = batch_output.predictions
         labels, _ = _as_keras_has_them(output, labels)
-        if mask := _masks(output):
-            batch_output = tff.learning.models.BatchOutput(predictions=(output, *mask))
+        if any(attached := _attached_to(output)):
+            batch_output = tff.learning.models.BatchOutput(predictions=(output, attached))
         return super().update_metrics_state(state, labels, batch_output, sample_weight)
 
     def loss_and_gradient(
@@ -151,8 +155,12 @@ class KerasFunctionalModel(tff.learning.models.FunctionalModel):
 
 def build_weights(keras_model: tf.keras.Model, x_spec: Any) -> None:
     """Gives a model its weights, if it has been waiting for its first input."""
-    if not keras_model.built:
+    if keras_model.built:
+        return
+    try:
         keras_model(tf.nest.map_structure(lambda spec: tf.zeros([d or 1 for d in spec.shape], spec.dtype), x_spec))
+    except Exception as e:  # Of any kind: it may be somebody else's code.
+        raise ValueError(f"the model fails: {first_error(e)}") from e
 
 
 def _check_model(keras_model: tf.keras.Model) -> None:
@@ -163,6 +171,11 @@ def _check_model(keras_model: tf.keras.Model) -> None:
             raise ValueError(
                 f"layer {layer.name!r} has the policy mixed_float16, whose gradients vanish without loss scaling: take "
                 "mixed_bfloat16 or float32"
+            )
+        if isinstance(layer, tf.keras.layers.Discretization) and layer.input_bin_boundaries is None:
+            raise ValueError(
+                f"layer {layer.name!r} (Discretization) is adapted, which Keras loses when it copies or saves a model; "
+                f"make it with bin_boundaries={[float(b) for b in layer.bin_boundaries]}"
             )
     for v in keras_model.trainable_variables:
         if v.dtype != tf.float32:
@@ -248,36 +261,45 @@ def _as_keras_has_them(output: Any, label: Any, sample_weight: tf.Tensor | None 
     return label, sample_weight if sample_weight is None else tf.cast(sample_weight, output.dtype)
 
 
-def _masks(output: Any) -> list[tf.Tensor]:
-    """Returns the mask that Keras has put on the output of a model; none if it has none."""
-    masks = [getattr(each, "_keras_mask", None) for each in tf.nest.flatten(output)]
-    if len(masks) > 1 and any(mask is not None for mask in masks):
+def _attached_to(output: Any) -> list[dict[str, tf.Tensor]]:
+    """Returns what Keras has attached to each output of a model for its losses and metrics, by the attribute.
+
+    That is a mask, and of a softmax or a sigmoid its logits, from which cross entropies are computed where they can be:
+    of the probabilities they would have to be clipped.
+    """
+    outputs = tf.nest.flatten(output)
+    attached = [
+        {name: getattr(each, name) for name in (_MASK, _LOGITS) if getattr(each, name, None) is not None}
+        for each in outputs
+    ]
+    if len(outputs) > 1 and any(_MASK in of_each for of_each in attached):
         raise ValueError("one of several outputs has a mask, which metrics of all of them would not get")
-    return [mask for mask in masks if mask is not None]
+    return attached
+
+
+def _attach(output: Any, attached: Sequence[Mapping[str, tf.Tensor]]) -> Any:
+    """Does what Keras did with the outputs from which `attached` comes, to the same outputs in another graph."""
+    for each, of_each in zip(tf.nest.flatten(output), attached, strict=True):
+        for name, tensor in of_each.items():
+            setattr(each, name, tensor)
+    return output
 
 
 def _metrics_fns(
-    constructors: Mapping[str, Callable[[], tf.keras.metrics.Metric]], output_spec: Any, y_spec: Any, mask_spec: Any
+    constructors: Mapping[str, Callable[[], tf.keras.metrics.Metric]], output_spec: Any, y_spec: Any, attached_spec: Any
 ) -> tuple[Callable, Callable, Callable]:
     """Returns TFF's functions of the metrics, which have been tried out.
 
     Raises:
-      ValueError: If TFF cannot make functions of a metric, or it is not a number.
+      ValueError: If TFF cannot make functions of a metric, it is not a number, or its variables are not sums.
     """
-    predictions_spec = (output_spec, *mask_spec) if mask_spec else output_spec
+    predictions_spec = (output_spec, attached_spec) if any(attached_spec) else output_spec
 
     def build(constructors):
-        initialize, update, finalize = tff.learning.metrics.create_functional_metric_fns(constructors)
-
-        @tf.function(autograph=False)
-        def measure(labels, predictions):
-            output = tff.learning.models.BatchOutput(predictions=predictions)
-            return finalize(update(initialize(), labels, output))
-
-        for value in measure.get_concrete_function(y_spec, predictions_spec).structured_outputs.values():
-            if not (tf.is_tensor(value) and value.shape.rank == 0):
-                raise ValueError(f"its value is {value}, not a number")
-        return initialize, update, finalize
+        fns = tff.learning.metrics.create_functional_metric_fns(constructors)
+        are_known = all(type(make()).__module__.startswith(("keras.", "tff_fedavg.")) for make in constructors.values())
+        _try_metrics(*fns, y_spec, predictions_spec, are_known)
+        return fns
 
     try:
         return build(collections.OrderedDict(constructors))
@@ -288,9 +310,54 @@ def _metrics_fns(
             except Exception as e:
                 raise ValueError(
                     f"TFF can make no function of the metric {name!r} ({first_error(e)}): it has to make its variables "
-                    "in __init__, and to be one number"
+                    "in __init__, to add to them in update_state, from zero, and to be one number"
                 ) from e
         raise
+
+
+def _try_metrics(
+    initialize: Callable, update: Callable, finalize: Callable, y_spec: Any, predictions_spec: Any, are_known: bool
+) -> None:
+    """Tries out functions of metrics in a graph as TFF's; those that are not known also on two made-up batches.
+
+    Raises:
+      Exception: If they fail.
+      ValueError: If a value is not a number, or the variables after both batches are not the sums of those after each,
+        which they are taken for: the test set is evaluated in parts.
+    """
+    rng = np.random.default_rng(0)
+    made_up = {}
+
+    def placeholder(spec):
+        tensor = tf.compat.v1.placeholder(spec.dtype, spec.shape)
+        shape = [4 if dimension is None else dimension for dimension in spec.shape]
+        # Zeros and ones, or numbers between them, which suit most metrics.
+        made_up[tensor] = rng.random(shape) if spec.dtype.is_floating else rng.integers(2, size=shape)
+        return tensor
+
+    def batch():
+        labels, predictions = tf.nest.map_structure(placeholder, (y_spec, predictions_spec))
+        return labels, tff.learning.models.BatchOutput(predictions=predictions)
+
+    with tf.Graph().as_default():
+        state = update(initialize(), *batch())
+        for value in finalize(state).values():
+            if not (tf.is_tensor(value) and value.shape.rank == 0):
+                raise ValueError(f"its value is {value}, not a number")
+        if are_known:
+            return
+        other = batch()
+        states = [tf.nest.flatten(each) for each in (state, update(initialize(), *other), update(state, *other))]
+        config = tf.compat.v1.ConfigProto()
+        config.graph_options.rewrite_options.disable_meta_optimizer = True  # It would take longer, and tell of itself.
+        with tf.compat.v1.Session(config=config) as session:
+            try:
+                states = session.run(states, made_up)
+            except tf.errors.OpError:  # What is made up does not fit.
+                return
+    for of_one, of_other, of_both in zip(*states):
+        if not np.allclose(np.add(of_one, of_other), of_both, rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise ValueError("its variables are not sums over the examples")
 
 
 def _metric_constructors(
@@ -298,7 +365,7 @@ def _metric_constructors(
     loss_fn: Callable[..., tf.Tensor],
     output_spec: Any,
     y_spec: Any,
-    mask_spec: Any,
+    attached_spec: Any,
 ) -> dict[str, Callable[[], tf.keras.metrics.Metric]]:
     """Returns what TFF makes metrics of, by name."""
     if isinstance(metrics, Mapping):
@@ -308,27 +375,38 @@ def _metric_constructors(
         named = {constructor().name: constructor for constructor in constructors}
         if len(named) < len(constructors):
             raise ValueError(f"several metrics have the same name: give them others, or as a mapping: {list(named)}")
-
-    def masked_loss_fn(output, label, *mask):
-        if mask:
-            (output._keras_mask,) = mask  # Keras's losses look for it there.
-        return loss_fn(output, label)
-
+    for name in named:
+        if not _NAME.fullmatch(name):  # TensorFlow's names of operations have it in them.
+            raise ValueError(f"a metric has the name {name!r}: give it one of letters, digits and _ in a mapping")
     # Traced, for what a loss function may capture.
-    mean_loss = TracedFunction("the loss", masked_loss_fn, [output_spec, y_spec, *mask_spec])
-    named = {_LOSS_METRIC: functools.partial(_MeanLoss, mean_loss), **named}
-    return (
-        {name: functools.partial(_masked, constructor) for name, constructor in named.items()} if mask_spec else named
+    mean_loss = TracedFunction(
+        "the loss",
+        lambda output, label, attached: loss_fn(_attach(output, attached), label),
+        [output_spec, y_spec, attached_spec],
     )
+    named = {_LOSS_METRIC: functools.partial(_MeanLoss, mean_loss), **named}
+    return {name: functools.partial(_as_in_keras, each, any(attached_spec)) for name, each in named.items()}
 
 
-def _masked(constructor: Callable[[], tf.keras.metrics.Metric]) -> tf.keras.metrics.Metric:
-    """Makes a metric that takes a pair of outputs and mask, where Keras would give it the mask as weights."""
-    metric = constructor()
-    update_state = metric.update_state
-    while hasattr(update_state, "__original_wrapped__"):  # As TFF does.
-        update_state = update_state.__original_wrapped__
-    metric.update_state = lambda y_true, y_pred: update_state(y_true, y_pred[0], sample_weight=y_pred[1])
+def _as_in_keras(constructor: Callable[[], tf.keras.metrics.Metric], takes_attached: bool) -> tf.keras.metrics.Metric:
+    """Makes a metric in float32, which may take a pair: the outputs, and what Keras would have attached to them."""
+    policy = tf.keras.mixed_precision.global_policy()
+    tf.keras.mixed_precision.set_global_policy("float32")
+    try:
+        metric = constructor()
+    finally:
+        tf.keras.mixed_precision.set_global_policy(policy)
+    if takes_attached:
+        update_state = metric.update_state
+        while hasattr(update_state, "__original_wrapped__"):  # As TFF does.
+            update_state = update_state.__original_wrapped__
+
+        def update_with_attached(y_true, y_pred):
+            output = _attach(*y_pred)
+            mask = getattr(output, _MASK, None)
+            return update_state(y_true, output) if mask is None else update_state(y_true, output, sample_weight=mask)
+
+        metric.update_state = update_with_attached
     return metric
 
 
@@ -340,9 +418,20 @@ class _MeanLoss(tf.keras.metrics.Mean):
         self._loss_fn = loss_fn
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: tf.Tensor | None = None):
+        del sample_weight  # The mask, which the loss function finds where it is.
         num_examples = tf.shape(tf.nest.flatten(y_true)[0])[0]
-        mask = [] if sample_weight is None else [sample_weight]
-        return super().update_state(self._loss_fn(y_pred, y_true, *mask), num_examples)
+        return super().update_state(self._loss_fn(y_pred, y_true, _attached_to(y_pred)), num_examples)
+
+
+class _MeanOfFunction(tf.keras.metrics.Mean):
+    """The mean of a function of all labels and outputs, where there are several: Keras has one for tensors only."""
+
+    def __init__(self, fn: Callable[[Any, Any], tf.Tensor], name: str):
+        super().__init__(name)
+        self._fn = fn
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: tf.Tensor | None = None):
+        return super().update_state(self._fn(y_true, y_pred), sample_weight)
 
 
 def _constructor(metric: Metric, output_spec: Any, y_spec: Any) -> Callable[[], tf.keras.metrics.Metric]:
@@ -365,18 +454,22 @@ def _constructor(metric: Metric, output_spec: Any, y_spec: Any) -> Callable[[], 
                 f"the metric {metric.name!r} cannot be made anew: get_config of {type(metric).__name__} lacks "
                 f"{', '.join(lost)}; give a function that makes it"
             )
-        return functools.partial(type(metric).from_config, config)
+        return lambda: type(metric).from_config(dict(config))  # Some take what they need out of it.
+    if isinstance(metric, tf.keras.losses.Loss):
+        return functools.partial(tf.keras.metrics.MeanMetricWrapper, metric.call, name=metric.name)
     if not callable(metric):
         raise TypeError(f"a metric is {metric!r}; it must be a Keras metric, a function that makes one, or a name")
-    if not isinstance(metric, (type, functools.partial)) and len(_parameters(metric)) == 2:  # Of labels and outputs.
-        return functools.partial(tf.keras.metrics.MeanMetricWrapper, metric, name=metric.__name__)
+    if not isinstance(metric, type) and len(_parameters(metric, required=True)) == 2:  # Of labels and outputs.
+        wrapper = tf.keras.metrics.MeanMetricWrapper if isinstance(output_spec, tf.TensorSpec) else _MeanOfFunction
+        return functools.partial(wrapper, metric, name=getattr(metric, "__name__", type(metric).__name__))
     return metric
 
 
-def _parameters(function: Callable) -> list[str]:
-    """Returns the names of what a function, or a class, takes; of `*args` and `**kwargs` nothing is known."""
-    named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    return [p.name for p in inspect.signature(function).parameters.values() if p.kind in named]
+def _parameters(function: Callable, required: bool = False) -> list[str]:
+    """Returns the names of what a function, or a class, takes, or needs; of `*args` and `**kwargs` nothing is known."""
+    unnamed = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind not in unnamed]
+    return [p.name for p in parameters if not required or p.default is p.empty]
 
 
 def _accuracy(output_spec: tf.TensorSpec, y_spec: tf.TensorSpec) -> type[tf.keras.metrics.Metric]:

@@ -5,7 +5,6 @@ and lets every user of the machine have it run what they like. Here the kernel e
 that ends, and nobody else reaches it: see `confined_worker.py`.
 """
 
-import atexit
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -22,7 +21,7 @@ from typing import Any
 import grpc
 import tensorflow_federated as tff
 
-from tff_fedavg import subrounds
+from tff_fedavg import default_context, subrounds
 from tff_fedavg.worker import ComputationError, LocalWorker, RemoteWorker, Worker, WorkerLostError
 from tff_fedavg.worker_process import check_address, tell
 
@@ -35,7 +34,6 @@ _UNREACHED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, gr
 # Slow and fast workers even out where each gets several shares of a round, if those are not too small.
 _SUBROUNDS_PER_WORKER = 4
 _CLIENTS_PER_SHARE = 4
-_TFFS_OWN = tff.framework.get_context_stack().current
 
 
 @contextlib.contextmanager
@@ -114,7 +112,7 @@ def check_entered() -> None:
       RuntimeError: If there is none either, as in another thread.
     """
     context = tff.framework.get_context_stack().current
-    if context is _TFFS_OWN:
+    if context is default_context.TFFS_OWN:
         warnings.warn(
             "no local_worker() or remote_workers() is entered: TFF's own worker computes, which takes longer, and "
             "whoever reaches this machine can reach it",
@@ -147,13 +145,6 @@ def _run_in(workers: Sequence[Worker], clients_per_subround: int | None, timeout
             yield
 
 
-@atexit.register
-def _replace_default_context() -> None:
-    """Frees TFF's default context, which prints an AttributeError when that is left to the end of the interpreter."""
-    factory = tff.framework.ResourceManagingExecutorFactory(lambda cardinalities: None)
-    tff.framework.set_default_context(tff.framework.AsyncExecutionContext(factory))
-
-
 class _Context(tff.framework.SyncContext):
     """Runs computations in workers, in subrounds where there are several workers or much to hold in memory."""
 
@@ -161,8 +152,11 @@ class _Context(tff.framework.SyncContext):
         self._workers = workers
         self._clients_per_subround = clients_per_subround
         self._queue = _Queue(workers, timeout)
+        self._pid = os.getpid()
 
     def invoke(self, comp: Any, arg: Any) -> Any:
+        if os.getpid() != self._pid:  # In a fork the threads are missing that would do it.
+            raise RuntimeError("the worker was entered in another process: enter local_worker() in this one")
         number = self._num_subrounds(comp, arg)
         try:
             if number == 1:
