@@ -185,7 +185,7 @@ def test_what_was_not_run_is_said_to_be_so_and_not_estimated(results_dir):
     assert row[4:] == ["", "45.9x", "", "", "", "", "", ""]
     text = "\n".join(lines(results_dir))
     assert "## Figure 9: test accuracy on CIFAR-10 over gradient computations, B = 50, of SGD 100\n\nnot run\n" in text
-    assert "## Figure 10: test accuracy of the word LSTM, as measured\n\nnot run: the paper's authors " in text
+    assert "## Figure 5: test accuracy of the word LSTM, best up to each round\n\nnot run: the paper's authors " in text
 
 
 @pytest.mark.parametrize("explanations, said", [({}, "open"), ({FED_AVG.name: "an explanation"}, "an explanation")])

@@ -25,7 +25,7 @@ Metric = tf.keras.metrics.Metric | Callable[[], tf.keras.metrics.Metric] | Calla
 Weights = tuple[Sequence[tf.Tensor], Sequence[tf.Tensor]]
 
 _LOSS_METRIC = "loss"
-_NAME = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_./-]*")
+_NAME = re.compile(r"[A-Za-z0-9_./-]+")
 _MASK, _LOGITS = "_keras_mask", "_keras_logits"
 
 
