@@ -12,7 +12,6 @@ histograms are left in --output_dir.
 """
 
 import csv
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -124,7 +123,7 @@ def _report_personalization(path: pathlib.Path, results: Mapping[int, Any], task
     from tasks.task import LOSS
     from tff_fedavg import distribution, personalization
 
-    if diverged := sum(not math.isfinite(metrics["after"][LOSS]) for metrics in results.values()):
+    if diverged := np.sum(~np.isfinite([metrics["after"][LOSS] for metrics in results.values()])):
         raise ValueError(f"{diverged} of {len(results)} clients diverged: give a smaller --learning_rate")
     held_out = [int(personalization.num_held_out(task.train.num_examples[k])) for k in results]
     rows = []

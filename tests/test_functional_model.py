@@ -9,6 +9,7 @@ import tensorflow_federated as tff
 from numpy_model import max_difference
 
 from tff_fedavg import ClientDataset, build_fed_avg, build_fed_eval, build_fed_sgd, functional_model_from_keras
+from tff_fedavg.global_policy import global_policy
 from tff_fedavg.masked import MaskedCrossentropy
 
 RATE = 0.1
@@ -585,14 +586,11 @@ def test_a_function_of_several_outputs_is_a_metric(worker, arrays):
 
 @pytest.mark.parametrize("last", ["float32", None])
 def test_the_global_policy_mixed_bfloat16_is_taken_as_in_keras(worker, arrays, dataset_of, last):
-    tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
-    try:
+    with global_policy("mixed_bfloat16"):
         build = lambda: sequential(layers.Dense(5, "relu"), layers.Dense(3, dtype=last))  # noqa: E731
         x, y = arrays["x"], arrays["label"]
         assert_step_is_kerass(worker, build, SPARSE, dataset_of("x", "label"), x, y, tolerance=2e-2)
         assert 0 < evaluate(worker, build(), SPARSE, dataset_of("x", "label"), ["accuracy"])["loss"] < 5
-    finally:
-        tf.keras.mixed_precision.set_global_policy("float32")
 
 
 @pytest.mark.parametrize("units", [1, 2, 12])

@@ -13,6 +13,7 @@ from tensorflow.python.keras.layers.recurrent import PeepholeLSTMCell
 import tff_fedavg
 from tff_fedavg import models
 from tff_fedavg.client_data import write_client_dataset
+from tff_fedavg.global_policy import global_policy
 from tff_fedavg.layers import LocalResponseNormalization, MaxPooling, PeepholeLSTM
 from tff_fedavg.masked import MaskedAccuracy
 
@@ -358,13 +359,10 @@ def test_layers_compute_in_float32_under_a_mixed_policy(make_layer, shape):
     x = tf.cast(tf.random.normal(shape), tf.bfloat16)
     exact = make_layer()
     exact.build(shape)
-    tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
-    try:
+    with global_policy("mixed_bfloat16"):
         mixed = make_layer()
         mixed.build(shape)
         restored = type(mixed).from_config(mixed.get_config())
-    finally:
-        tf.keras.mixed_precision.set_global_policy("float32")
     mixed.set_weights(exact.get_weights())
     assert mixed(x).dtype == tf.float32
     assert restored.compute_dtype == "float32"

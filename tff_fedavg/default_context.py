@@ -1,4 +1,7 @@
-"""The context in which TFF computes where no other one is entered."""
+"""The context in which TFF computes where no other one is entered.
+
+Imported by the modules that a program may use without a worker, for it to end without noise.
+"""
 
 import atexit
 

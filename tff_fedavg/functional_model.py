@@ -17,6 +17,7 @@ import tensorflow_federated as tff
 
 import tff_fedavg.default_context  # noqa: F401
 from tff_fedavg.export import variables_of
+from tff_fedavg.global_policy import global_policy
 from tff_fedavg.traced import ChangedVariableError, TracedFunction, first_error
 
 Loss = tf.keras.losses.Loss | Callable[[Any, Any], tf.Tensor] | str
@@ -297,7 +298,8 @@ def _metrics_fns(
 
     def build(constructors):
         fns = tff.learning.metrics.create_functional_metric_fns(constructors)
-        are_known = all(type(make()).__module__.startswith(("keras.", "tff_fedavg.")) for make in constructors.values())
+        made = [constructor() for constructor in constructors.values()]
+        are_known = all(is_of_keras(metric) or type(metric).__module__.startswith("tff_fedavg.") for metric in made)
         _try_metrics(*fns, y_spec, predictions_spec, are_known)
         return fns
 
@@ -390,12 +392,8 @@ def _metric_constructors(
 
 def _as_in_keras(constructor: Callable[[], tf.keras.metrics.Metric], takes_attached: bool) -> tf.keras.metrics.Metric:
     """Makes a metric in float32, which may take a pair: the outputs, and what Keras would have attached to them."""
-    policy = tf.keras.mixed_precision.global_policy()
-    tf.keras.mixed_precision.set_global_policy("float32")
-    try:
+    with global_policy("float32"):
         metric = constructor()
-    finally:
-        tf.keras.mixed_precision.set_global_policy(policy)
     if takes_attached:
         update_state = metric.update_state
         while hasattr(update_state, "__original_wrapped__"):  # As TFF does.

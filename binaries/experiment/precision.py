@@ -1,12 +1,12 @@
 """Matrix products and convolutions in bfloat16, by a policy of Keras; weights and their averages stay float32."""
 
-import contextlib
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import tensorflow as tf
 
-_POLICY = "mixed_bfloat16"
+from tff_fedavg.global_policy import global_policy
+
 # What Linux calls the instructions: AVX-512 and AMX of x86, and those of Arm.
 _INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}
 
@@ -21,7 +21,7 @@ def in_bfloat16(keras_model_fn: KerasModelFn) -> KerasModelFn:
     """
 
     def build() -> tf.keras.Model:
-        with _policy():
+        with global_policy("mixed_bfloat16"):
             model = keras_model_fn()
         if not any(map(_multiplies_in_bfloat16, model.submodules)):
             raise ValueError(
@@ -47,16 +47,6 @@ def check_processor(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> No
         raise ValueError(
             "--matmul_precision=bfloat16: this processor has no instructions for it (avx512_bf16); leave it out"
         )
-
-
-@contextlib.contextmanager
-def _policy() -> Iterator[None]:
-    before = tf.keras.mixed_precision.global_policy()
-    tf.keras.mixed_precision.set_global_policy(_POLICY)
-    try:
-        yield
-    finally:
-        tf.keras.mixed_precision.set_global_policy(before)
 
 
 def _multiplies_in_bfloat16(module: tf.Module) -> bool:
