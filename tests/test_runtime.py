@@ -42,13 +42,16 @@ with local_worker():
 
 
 def build_busy_clients():
-    """Builds a computation whose clients each keep a core busy for the seconds they are given, or fail below 0."""
+    """Builds a computation whose clients each keep a core busy for the seconds they are given, or fail below 0.
+
+    It returns how often they looked at the clock: once at least, also where the time was over at the first look.
+    """
 
     @tff.tensorflow.computation(np.float32)
     def busy(seconds):
         end = tf.timestamp() + tf.cast(seconds, tf.float64)
         with tf.control_dependencies([tf.debugging.assert_non_negative(seconds)]):
-            return tf.while_loop(lambda _: tf.timestamp() < end, lambda i: i + 1, [tf.constant(0.0)])[0]
+            return tf.while_loop(lambda _: tf.timestamp() < end, lambda i: i + 1, [tf.constant(1.0)])[0]
 
     @tff.federated_computation(tff.FederatedType(np.float32, tff.CLIENTS))
     def busy_clients(seconds):
@@ -133,7 +136,7 @@ def test_worker_that_keeps_dying_ends_the_computation_with_an_error(tmp_path):
     @tff.tensorflow.computation
     def never_ends():
         with tf.control_dependencies([tf.io.write_file(str(computes), "")]):
-            return tf.while_loop(lambda _: True, lambda i: i + 1, [tf.constant(0.0)])[0]
+            return tf.while_loop(lambda _: True, lambda i: i + 1, [tf.constant(1.0)])[0]
 
     def keep_killing():
         while not ended.wait(0.05):

@@ -58,10 +58,7 @@ def _copy(model):
         with tf.keras.utils.custom_object_scope(own):  # Keras writes a model down to copy it.
             return copy.deepcopy(model)
     except Exception as e:  # Of many kinds: it may be somebody else's code.
-        raise ValueError(
-            f"the model cannot be copied, since its get_config does not say how it is made ({first_error(e)}): give a "
-            "function that builds it"
-        ) from e
+        raise ValueError(f"the model cannot be copied ({first_error(e)}): give a function that builds it") from e
 
 
 def variables_of(model: tf.keras.Model, part: str) -> list[tf.Variable]:
