@@ -8,7 +8,6 @@ A name that ends in .keras is a file in Keras's format; one without a suffix is 
 import os
 import pathlib
 import shutil
-from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from absl import flags, logging
@@ -47,19 +46,26 @@ def main() -> None:
     if measured := _measured(run_dir, round_number):
         print(f"on the test set of {experiment.task}: {measured}")
     if output.suffix:
-        _tell_what_loading_needs({type(layer) for layer in (model, *model.layers)})
+        _tell_what_loading_needs(model, output)
 
 
-def _tell_what_loading_needs(classes: Collection[type]) -> None:
-    from tff_fedavg.functional_model import is_of_keras
+def _tell_what_loading_needs(model: "tf.keras.Model", output: pathlib.Path) -> None:
+    import tensorflow as tf
 
-    foreign = [c for c in classes if not is_of_keras(c)]
-    ours = sorted({c.__module__ for c in foreign if c.__module__.startswith("tff_fedavg.")})
-    own = sorted(c.__name__ for c in foreign if c.__module__ not in ours)
+    from tff_fedavg.export import own_objects
+    from tff_fedavg.traced import first_error
+
+    objects = own_objects(model)
+    ours = sorted({o.__module__ for o in objects.values() if o.__module__.startswith("tff_fedavg.")})
+    own = {name: o for name, o in objects.items() if o.__module__ not in ours}
     if ours:
         print(f"it has layers of {', '.join(ours)}: import that before it is loaded")
     if own:
-        print(f"it has classes of the task's own, which load_model takes as custom_objects: {', '.join(own)}")
+        print(f"it has what is the task's own, which load_model takes as custom_objects: {', '.join(sorted(own))}")
+    try:
+        tf.keras.models.load_model(output, own)
+    except Exception as e:  # Of any kind: it may be somebody else's code.
+        print(f"Keras cannot load it so ({first_error(e)}): a SavedModel, --output={output.stem}, needs nothing")
 
 
 def _output() -> pathlib.Path:

@@ -44,7 +44,10 @@ _BUDGET_HOURS = flags.DEFINE(
     real(0, 1e6), "budget_hours", None, "Stops after so many hours, to go on with the next call."
 )
 _JOBS = flags.DEFINE(
-    integer(1, 2**16), "jobs", None, "Models at once at most; by default one on each core that the program may use."
+    integer(1, 2**16),
+    "jobs",
+    None,
+    "Models at once at most, each on a core, from the first on; by default one on each that the program may use.",
 )
 _LIST = flags.DEFINE_boolean("list", False, "Shows the cells, what was measured, and the time that the rest takes.")
 _REPORT = flags.DEFINE_boolean("report", False, "Writes RESULTS.md and its pictures into --results_dir.")
@@ -155,7 +158,8 @@ def _run(panels: Sequence[str], grids: Sequence[plan.Grid], results_dir: pathlib
                 now = time.monotonic()
                 for ended in processes.wait(min(printed_at + _SECONDS_BETWEEN_LINES, deadline) - now):
                     if ended.failed:
-                        failed.add(ended.name if _is_of_its_own(ended, results_dir) else _task(ended.name))
+                        of_the_task = ended.refused and not _is_of_its_own(ended, results_dir)
+                        failed.add(_task(ended.name) if of_the_task else ended.name)
                         _tell(f"{ended.name}: {ended.outcome}")
                     else:
                         print(f"{ended.name}: {ended.outcome}", flush=True)
@@ -192,7 +196,7 @@ def _without_data(panels: Sequence[str], grids: Sequence[plan.Grid], results_dir
 
 
 def _is_of_its_own(ended: pool.Ended, results_dir: pathlib.Path) -> bool:
-    """Whether a run has failed for what is in its directory, or uses it, which is nothing to the others of its task."""
+    """Whether a run was refused for what is in its directory, or uses it: that is nothing to the others of its task."""
     run_dir = results_dir / "runs" / ended.name
     try:
         run_directory.read_config(run_dir)

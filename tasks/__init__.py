@@ -202,9 +202,12 @@ def find_data(
       The paths of the files; of a task of one's own none, since what it takes is not known.
 
     Raises:
-      ValueError: If one is missing or cannot be read.
+      ValueError: If one is missing or cannot be read, or the file of a task of one's own is missing.
     """
-    return sources.find(data, partition, pathlib.Path(data_dir).expanduser()) if name in TASKS else []
+    if name not in TASKS:
+        own.check_file(name)
+        return []
+    return sources.find(data, partition, pathlib.Path(data_dir).expanduser())
 
 
 def choose(

@@ -26,7 +26,7 @@ def check_labels(model: tff.learning.models.FunctionalModel, loss: Loss, dataset
       ValueError: If a label is none. It names the data set, the client, and the place among the client's examples.
     """
     x_spec, y_spec, *_ = model.input_spec
-    if not _takes_classes(loss) or not isinstance(y_spec, tf.TensorSpec) or not y_spec.dtype.is_integer:
+    if not _takes_classes(loss) or not isinstance(y_spec, tf.TensorSpec):
         return
     num_classes = _num_outputs(model, x_spec)
     if num_classes is None:
@@ -34,7 +34,9 @@ def check_labels(model: tff.learning.models.FunctionalModel, loss: Loss, dataset
     for name, dataset in datasets.items():
         ends = np.cumsum(dataset.num_examples)
         for start, labels in _labels(dataset):
-            if (place := first_outside(labels, num_classes)) is not None:
+            with np.errstate(invalid="ignore"):  # NaN is no class, either.
+                classes = labels.astype(np.int64)  # As Keras does.
+            if (place := first_outside(classes, num_classes)) is not None:
                 example = start + place[0]
                 client = np.searchsorted(ends, example, side="right")
                 position = example - ends[client] + dataset.num_examples[client]

@@ -83,8 +83,8 @@ def build_task(settings: TaskSettings) -> Task:
 
     variant = _VARIANTS[settings.name]
     preprocess = functools.partial(_preprocess, background=variant.background)
-    key = {"checksums": checksums, "partition": partition, "clients": clients, "seed": settings.seed}
-    key |= settings.dirichlet_key
+    seed = None if partition == "writer" else settings.seed
+    key = {"checksums": checksums, "partition": partition, "clients": clients, "seed": seed} | settings.dirichlet_key
     return Task(
         name=settings.name,
         train=prepare_client_dataset(

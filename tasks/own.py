@@ -26,16 +26,15 @@ _DEFAULT_FUNCTION = "build"
 
 
 def is_own(name: str) -> bool:
-    """Whether a name is "package.module:function", "path/to/file.py:function" or "path/to/file.py".
+    """Whether a name is "package.module:function", "path/to/file.py:function" or "path/to/file.py"."""
+    return any(form.fullmatch(name) for form in (_FILE_AND_FUNCTION, _MODULE_AND_FUNCTION))
 
-    Raises:
-      ValueError: If it is of a file that does not exist.
-    """
-    if file := _FILE_AND_FUNCTION.fullmatch(name):
-        if not pathlib.Path(file[1]).expanduser().is_file():
-            raise ValueError(f"task={name}: there is no file {file[1]}")
-        return True
-    return _MODULE_AND_FUNCTION.fullmatch(name) is not None
+
+def check_file(name: str) -> None:
+    """Raises a `ValueError` if a name, as for `is_own`, is of a file that does not exist."""
+    file = _FILE_AND_FUNCTION.fullmatch(name)
+    if file and not pathlib.Path(file[1]).expanduser().is_file():
+        raise ValueError(f"task={name}: there is no file {file[1]}")
 
 
 def build(name: str, arguments: Mapping[str, Any], given: Collection[str]) -> "Task":
@@ -82,6 +81,7 @@ def _checksums(task: "Task") -> dict[str, str]:
 
 
 def _find(name: str) -> Callable[..., Any]:
+    check_file(name)
     if file := _FILE_AND_FUNCTION.fullmatch(name):
         source, function = file[1], file[2] or _DEFAULT_FUNCTION
         module = _load(pathlib.Path(source).expanduser())

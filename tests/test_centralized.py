@@ -144,6 +144,12 @@ def test_arguments_out_of_range_are_refused(model, dataset, changes, message):
     assert message in str(error.value)
 
 
+def test_no_updates_are_refused(model, dataset):
+    process = build(model, dataset)
+    with pytest.raises(ValueError, match="num_updates is 0; it must be from 1"):
+        process.next(process.initialize(), 0)
+
+
 def test_a_dataset_without_examples_is_refused(tmp_path, model, client_dataset):
     write_client_dataset(tmp_path, [{"x": np.zeros([0, 4], np.float32), "y": np.zeros(0, np.uint8)}])
     with pytest.raises(ValueError, match="has no examples"):

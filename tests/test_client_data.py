@@ -2,8 +2,8 @@ import collections
 import concurrent.futures
 import json
 import os
-import pathlib
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -16,14 +16,12 @@ import pandas as pd
 import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
-from conftest import NO_SEED
+from conftest import NO_SEED, ROOT
 
 from tff_fedavg import client_data
 from tff_fedavg.client_data import ClientDataset, DamagedFilesError, prepare_client_dataset, write_client_dataset
 from tff_fedavg.json_record import read_record, write_record
 from tff_fedavg.scratch import scratch_directory
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 def identity(example, seed):
@@ -220,6 +218,33 @@ def test_files_that_are_there_are_not_written_over(tmp_path):
     with pytest.raises(ValueError, match="has client files: open them with ClientDataset"):
         write_client_dataset(tmp_path, [GOOD, GOOD])
     assert ClientDataset(tmp_path, identity).num_clients == 1
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "examples.bin").write_text("of somebody else")
+    with pytest.raises(ValueError, match="other/examples.bin is in the way of client files: remove it"):
+        write_client_dataset(tmp_path / "other", [GOOD])
+    assert [path.read_text() for path in (tmp_path / "other").iterdir()] == ["of somebody else"]
+
+
+def test_files_are_there_as_a_whole_however_the_program_ends_and_whoever_writes_them_too(tmp_path):
+    """One program is killed while it writes; then another has finished the same when this one comes to an end."""
+    code = f"""if True:
+        import os, signal
+        from tff_fedavg.client_data import write_client_dataset
+        def clients():
+            yield {{"x": [1.0], "y": [2]}}
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_client_dataset({str(tmp_path)!r}, clients())
+    """
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".preparing-")] == []
+
+    def slowly():
+        yield {"x": [1.0], "y": [2]}
+        if not (tmp_path / "manifest.json").exists():
+            write_client_dataset(tmp_path, [{"x": [1.0], "y": [2]}])
+
+    assert ClientDataset.from_arrays(slowly(), directory=tmp_path).num_clients == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["examples.bin", "manifest.json", "offsets.bin"]
 
 
 def test_batch_gathers_the_rows_asked_for(client_arrays, client_dataset):
@@ -745,8 +770,9 @@ def test_client_ids_are_any_integers(client_dataset, client_ids):
         (np.array([True]), TypeError, "client_ids has True"),
         ([1.0], TypeError, "client_ids has 1.0: it takes integers"),
         (np.array([1.0]), TypeError, "client_ids has 1.0"),
-        (tf.constant([1.0]), TypeError, "client_ids has .*1.0.*: it takes integers"),
+        (tf.constant([1.0]), TypeError, "client_ids has 1.0: it takes integers"),
         (["1"], TypeError, "client_ids has '1'"),
+        ([np.zeros([2, 2])], TypeError, "client_ids has a ndarray: it takes integers"),
         ("12", TypeError, "client_ids has '1'"),
         ([None], TypeError, "client_ids has None"),
         (np.array([[1], [2]]), TypeError, r"client_ids has array\(\[1\]\)"),

@@ -153,6 +153,14 @@ def test_runs_with_several_aims_are_compared_by_their_loss(tmp_path, monkeypatch
     assert (header[3], header[-1]) == ("rounds to loss 2", "best loss")
 
 
+def test_the_file_of_a_runs_task_may_be_gone(tmp_path, monkeypatch, capsys):
+    run = record(
+        tmp_path / "run", [(0, 0.1, 2.3, None, None), (1, 0.5, 1.0, 2.0, 3e6)], task="gone.py", learning_rate=1
+    )
+    drawn(monkeypatch, run, f"--output_dir={tmp_path}/comparison")
+    assert table(capsys.readouterr().out.splitlines())[2][1] == "1"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -211,6 +211,19 @@ def with_own_layer():
     return tf.keras.Sequential([layers.InputLayer([4]), tf.keras.Sequential([Scale()]), layers.Dense(3)])
 
 
+def shifted_relu(x):
+    return tf.nn.relu(x) + 0.5
+
+
+class Twos(tf.keras.initializers.Initializer):
+    def __call__(self, shape, dtype=None, **kwargs):
+        return tf.fill(shape, 2.0)
+
+
+def with_own_functions():
+    return tf.keras.Sequential([layers.InputLayer([4]), layers.Dense(3, shifted_relu, kernel_initializer=Twos())])
+
+
 class Unregistered(Subclassed):
     pass
 
@@ -231,6 +244,7 @@ def with_lookup():
         with_batch_normalization,
         with_lookup,
         with_own_layer,
+        with_own_functions,
         Subclassed,
         Unregistered,
     ],
@@ -274,7 +288,7 @@ class Uncopied(Subclassed):
 def test_a_model_that_cannot_be_copied_is_told_in_one_line():
     model = Uncopied()
     weights = tff.learning.models.ModelWeights(*functional(model, tf.TensorSpec([None, 4])).initial_weights)
-    with pytest.raises(ValueError, match="the model cannot be copied, .*no configuration.*: give a function that") as e:
+    with pytest.raises(ValueError, match="the model cannot be copied .*no configuration.*: give a function that") as e:
         tff_fedavg.keras_model(model, weights)
     assert "\n" not in str(e.value)
 

@@ -100,6 +100,11 @@ class Misfit(Subclassed):
         return self.parts["b"](tf.reshape(x, [7, 7]))
 
 
+class Choosy(tf.keras.Model):
+    def call(self, x):
+        raise ValueError(f"I take 5 features, not {x.shape[-1]}")
+
+
 class OwnStep(tf.keras.Model):
     def __init__(self):
         super().__init__()
@@ -401,6 +406,11 @@ def absolute_in_python(x):
         (OwnStep, "OwnStep has a train_step of its own, which would not be called"),
         (OwnLoss, "OwnLoss has a compute_loss of its own, which would not be called"),
         (two_outputs, "the model has 2 outputs, and Keras's losses are for one: give a function of"),
+        (
+            lambda: tf.keras.Sequential([sequential(), layers.Lambda(tf.stop_gradient)]),
+            "the model fails: ValueError: the loss has no gradient by any of the weights",
+        ),
+        (Choosy, "the model fails: ValueError: I take 5 features, not 4"),
     ],
 )
 def test_a_model_that_cannot_be_trained_is_refused_in_one_line(dataset_of, build, message):
@@ -414,6 +424,7 @@ def test_a_model_that_cannot_be_trained_is_refused_in_one_line(dataset_of, build
     [
         (("dense", SPARSE), "keras_model is 'dense'; it must be a tf.keras.Model"),
         ((lambda: None, SPARSE), "keras_model is None"),
+        ((layers.Dense(3), SPARSE), "keras_model is <.*Dense.*>; it must be a tf.keras.Model"),
         ((sequential, 3), "loss is 3; it must be"),
         ((sequential, tf.keras.losses.Huber), "loss is <class"),
     ],
@@ -556,6 +567,7 @@ class Deviation:
         Deviation(),
         tf.keras.metrics.MeanMetricWrapper(deviation),
         tf.keras.__internal__.losses.LossFunctionWrapper(deviation),
+        lambda y_true, y_pred: tf.reduce_mean(deviation(y_true, y_pred)),  # Of batches of several sizes.
     ],
 )
 def test_a_function_is_a_metric_as_in_keras(worker, arrays, dataset_of, function):
@@ -579,9 +591,27 @@ def test_a_function_of_several_outputs_is_a_metric(worker, arrays):
     def second(y_true, y_pred):
         return tf.keras.metrics.sparse_categorical_accuracy(y_true[1], y_pred[1])
 
+    def mean(y_true, y_pred):
+        return tf.reduce_mean(second(y_true, y_pred))
+
     model = two_outputs()
-    found = evaluate(worker, model, loss, dataset, [second])["second"]
-    assert found == pytest.approx(np.mean(np.argmax(model(arrays["x"])[1], -1) == arrays["label"]))
+    functional = functional_model_from_keras(model, loss, dataset.batch_spec, [second, mean])
+    weights = tff.learning.models.ModelWeights(*functional.initial_weights)
+    found = build_fed_eval(functional, dataset, batch_size=5)(weights, [0])
+    expected = np.mean(np.argmax(model(arrays["x"])[1], -1) == arrays["label"])
+    assert [found["second"], found["mean"]] == pytest.approx([expected, expected])
+
+
+@pytest.mark.parametrize("units", [1, 3])
+def test_crossentropy_is_the_one_that_keras_takes_for_it(worker, arrays, units):
+    labels = arrays["label"] % (units + 1)
+    loss = "sparse_categorical_crossentropy" if units > 1 else "binary_crossentropy"
+    model = tf.keras.Sequential([layers.InputLayer([4]), layers.Dense(units, "softmax" if units > 1 else "sigmoid")])
+    model.compile(loss=loss, metrics=["crossentropy"])
+    dataset = ClientDataset.from_arrays([{"x": arrays["x"], "y": labels}])
+    found = evaluate(worker, model, loss, dataset, ["crossentropy", "ce"])
+    expected = model.evaluate(arrays["x"], labels, verbose=0, return_dict=True)["crossentropy"]
+    assert [found["crossentropy"], found["ce"]] == pytest.approx([expected, expected], rel=1e-5)
 
 
 @pytest.mark.parametrize("last", ["float32", None])

@@ -47,6 +47,7 @@ def test_a_target_that_is_met_exactly_is_met_and_one_example_less_is_not(example
 
 def test_an_accuracy_that_is_none_does_not_hide_a_later_one():
     assert Target(0.85).rounds([10, 20, 30], [0.8, math.nan, 0.9]) == pytest.approx(25)
+    assert Target(0.85).rounds([10, 20, 30], [math.nan, math.nan, 0.9]) == 30
     assert Target(0.85).best([math.nan, 0.8, math.nan]) == 0.8
     assert math.isnan(Target(0.85).best([math.nan]))
 

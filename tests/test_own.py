@@ -290,6 +290,15 @@ def test_a_label_that_the_model_has_no_output_for_is_named_with_its_client_and_p
         assert "\n" not in str(error.value)
 
 
+def test_labels_that_are_floats_are_classes_too_and_nan_is_none():
+    labels = labels_with(10, 17, dtype=np.float32)
+    with pytest.raises(ValueError, match="^client 0 of the training set has the label 10.0 at position 17, "):
+        classifier([labels], [labels]).build_model(seed=0)
+    with pytest.raises(ValueError, match="^client 0 of the training set has the label nan at position 17, "):
+        classifier([np.where(labels == 10, np.nan, labels)], [labels]).build_model(seed=0)
+    classifier([GOOD.astype(np.float64)], [GOOD.astype(np.float64)]).build_model(seed=0)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64])
 def test_labels_of_the_test_set_are_looked_at_too(dtype):
     task = classifier([GOOD.astype(dtype)], [GOOD.astype(dtype), labels_with(11, 0, dtype=dtype)])

@@ -145,8 +145,30 @@ def test_job_that_fails_or_whose_process_dies_is_told_and_frees_its_core(monkeyp
             outcomes += processes.wait(60)
             assert processes.has_room
     assert [ended.failed for ended in outcomes] == [True, True, False]
-    assert outcomes[0] == pool.Ended("bad", "no data: get them", failed=True)
+    assert outcomes[0] == pool.Ended("bad", "no data: get them", failed=True, refused=True)
+    assert not outcomes[1].refused
     assert outcomes[1].outcome == "its process died with exit status 7, maybe for lack of memory"
+
+
+def test_a_process_may_die_before_it_takes_a_job_or_when_it_has_none(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {min(CORES)})
+
+    def kill_the_process():
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+
+    with pool.Pool() as processes:
+        processes.submit("first", pid)
+        kill_the_process()
+        (first,) = processes.wait(60)
+        assert first.failed and "died with exit status -9" in first.outcome
+        processes.submit("second", pid)
+        (second,) = processes.wait(60)
+        kill_the_process()
+        processes.submit("third", pid)
+        (third,) = processes.wait(60)
+    assert [(ended.name, ended.failed) for ended in (second, third)] == [("second", False), ("third", False)]
 
 
 def test_a_process_whose_parent_is_gone_before_it_looks_ends(monkeypatch):

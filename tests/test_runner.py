@@ -1,5 +1,6 @@
 """Experiments from beginning to end, in this program: what an experiment says is what is run, kept and resumed."""
 
+import dataclasses
 import errno
 import re
 
@@ -94,11 +95,15 @@ def test_a_run_with_dropout_regularisers_and_optimizers_resumes_bit_for_bit(tmp_
         client_fraction=0.5,
         batch_size=6,
         rounds=5,
+        eval_every=10,
     )
     runner.run(experiment, tmp_path / "straight")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as kept:  # As a notebook does, with all that its traceback holds.
         runner.run(experiment, tmp_path / "stopped", observer=StopAfter(3))
+    outcome = runner.run(dataclasses.replace(experiment, rounds=3), tmp_path / "stopped")
+    assert re.match(r"3 rounds, best accuracy 0\.\d+ up to round 0, the last that was evaluated, ", outcome)
     runner.run(experiment, tmp_path / "stopped")
+    assert kept.type is KeyboardInterrupt
     straight, resumed = saved(tmp_path / "straight", 5), saved(tmp_path / "stopped", 5)
     assert straight.keys() == resumed.keys() and len(straight) > 10
     assert all(np.array_equal(straight[name], resumed[name]) for name in straight)

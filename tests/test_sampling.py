@@ -41,6 +41,8 @@ def test_every_client_is_sampled_equally_often():
 def test_fraction_outside_0_to_1_is_refused(fraction):
     with pytest.raises(ValueError, match=r"client_fraction \(C\) is .*; it must be in \[0, 1\]"):
         build_sampling_fn(100, fraction, 0)
+    with pytest.raises(TypeError, match=r"client_fraction \(C\) is '0.5'; it must be a number"):
+        build_sampling_fn(100, "0.5", 0)
 
 
 def test_integers_of_any_type_are_seeds_and_rounds_and_others_are_refused():

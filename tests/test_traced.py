@@ -165,6 +165,18 @@ def counting(x):
         (counting, ChangedVariableError, "fn changes the variable Variable:0"),
         (lambda x: tf.py_function(lambda v: v, [x], tf.float32), ValueError, "fn calls Python"),
         (lambda x: tf.random.gamma([2], x), ValueError, "fn draws random numbers with RandomGamma"),
+        (lambda x: tf.random.shuffle([x, x]), ValueError, "fn draws random numbers with RandomShuffle"),
+        (
+            lambda x: tf.nn.fractional_max_pool(x * tf.ones([1, 7, 7, 1]), 1.4)[0],
+            ValueError,
+            "fn draws random numbers with FractionalMaxPool",
+        ),
+        (
+            lambda x: tf.random.log_uniform_candidate_sampler([[1]], 1, 2, True, 9)[0],
+            ValueError,
+            "fn draws random numbers with LogUniformCandidateSampler",
+        ),
+        (lambda x: tf.raw_ops.NonDeterministicInts(shape=[2]), ValueError, "fn draws random numbers with NonDeterm"),
         (tf.function(lambda x: x + tf.random.normal([])), ValueError, "cannot be seeded: draw them outside of it"),
         (lambda x: tf.map_fn(lambda v: v + tf.random.normal([]), x[tf.newaxis]), ValueError, "within a loop"),
         (lambda x: x + "a", ValueError, "fn fails: .*Error: "),

@@ -88,7 +88,12 @@ class CentralizedSGD:
         Returns:
           The new state, and the metrics "client_work" / "train" (loss: the mean over what these updates saw;
           num_examples) and "finalizer" (update_non_finite: 1 if a weight is no longer finite).
+
+        Raises:
+          TypeError: If num_updates is no integer.
+          ValueError: If it is less than 1.
         """
+        num_updates = as_integer("num_updates", num_updates)
         first = int(state.client_work)
         weights, non_trainable = state.global_model_weights.trainable, state.global_model_weights.non_trainable
         losses, sizes = [], []

@@ -170,20 +170,16 @@ class ClientDataset:
         _check_preprocess_fn(preprocess_fn)
         if directory is None:
             # Until the end, since a process that was built on the files outlives this object.
-            scratch = contextlib.ExitStack()
-            directory = scratch.enter_context(scratch_directory())
-            atexit.register(scratch.close)
-        elif (manifest := pathlib.Path(directory) / _MANIFEST).exists():
-            with scratch_directory() as scratch:
-                write_client_dataset(scratch, clients, num_clients=num_clients)
-                if (scratch / _MANIFEST).read_bytes() != manifest.read_bytes():
-                    raise ValueError(f"{directory} has client files of other examples: remove them")
-            return cls(directory, preprocess_fn)
-        write_client_dataset(directory, clients, num_clients=num_clients)
+            scratch, owner = contextlib.ExitStack(), os.getpid()
+            directory = scratch.enter_context(scratch_directory()) / "client_dataset"
+            atexit.register(lambda: os.getpid() == owner and scratch.close())  # A fork leaves them to this process.
+        directory = pathlib.Path(directory)
+        are_new = _add_files(directory, clients, num_clients)
         try:
             return cls(directory, preprocess_fn)
         except BaseException:
-            _remove_files(directory)
+            if are_new:
+                _remove_files(directory)
             raise
 
     @property
@@ -220,7 +216,10 @@ class ClientDataset:
                     raise TypeError("it is a bool")
                 checked.append(operator.index(value))
             except TypeError as e:
-                raise TypeError(f"client_ids has {value!r}: it takes integers") from e
+                shown = repr(value)
+                if len(shown) > 60 or "\n" in shown:  # A state, for example: the arguments are swapped.
+                    shown = f"a {type(value).__name__}"
+                raise TypeError(f"client_ids has {shown}: it takes integers") from e
             if not 0 <= checked[-1] < self.num_clients:
                 raise ValueError(f"client_ids has {value}, but the clients are 0 to {self.num_clients - 1}")
         return checked
@@ -249,9 +248,8 @@ class ClientDataset:
             return
         arguments = tf.constant(self.gather(np.arange(num))), tf.range(num), tf.zeros([2], tf.int32)
         try:
-            # Called without it, the fifth data set brings a warning of TensorFlow's that functions are traced often.
-            batch = tf.function(self.batch, autograph=False).get_concrete_function(*arguments)(*arguments)
-        except tf.errors.OpError as e:
+            batch = self.batch(*arguments)
+        except (tf.errors.OpError, ValueError) as e:
             raise ValueError(f"preprocess_fn fails with the first {num} examples: {first_error(e)}") from e
         for tensor in tf.nest.flatten(batch):
             if tensor.shape[0] != num:
@@ -307,7 +305,7 @@ class ClientDataset:
 def write_client_dataset(
     directory: str | os.PathLike[str], clients: Iterable[Mapping[str, Any]], *, num_clients: int | None = None
 ) -> None:
-    """Writes client files. Holds one client in memory at a time; leaves no files when it fails.
+    """Writes client files, which are there as a whole or not at all. Holds one client in memory at a time.
 
     Args:
       directory: The directory, made if need be.
@@ -323,36 +321,59 @@ def write_client_dataset(
         before it, or the directory has client files.
     """
     directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        file = open(directory / _EXAMPLES, "xb")
-    except FileExistsError as e:
+    if (directory / _MANIFEST).exists():
         raise ValueError(
             f"{directory} has client files: open them with ClientDataset(directory, preprocess_fn), or remove them"
-        ) from e
-    try:
-        with file:
-            # The bar shows only when the work takes longer than `delay` seconds.
-            offsets, features = _write_examples(
-                file,
-                tqdm.tqdm(
-                    clients,
-                    "preparing client files",
-                    num_clients,
-                    unit=" clients",
-                    delay=2,
-                    disable=None,
-                ),
-            )
-        np.asarray(offsets, "<i8").tofile(directory / _OFFSETS)
-        element_spec = collections.OrderedDict(
-            (name, tf.TensorSpec(dtype.shape, dtype.base)) for name, dtype in features.items()
         )
-        crc32 = {name: _crc32(directory / name) for name in (_EXAMPLES, _OFFSETS)}
-        _Manifest(len(offsets) - 1, offsets[-1], element_spec, crc32).write(directory)
-    except BaseException:
-        _remove_files(directory)
-        raise
+    _add_files(directory, clients, num_clients)
+
+
+def _add_files(directory: pathlib.Path, clients: Iterable[Mapping[str, Any]], num_clients: int | None) -> bool:
+    """Writes client files into a directory; returns whether they are new, and not there already.
+
+    Raises:
+      ValueError: As `write_client_dataset`, if the directory has client files of other examples.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory):
+        are_there = (directory / _MANIFEST).exists()
+        for path in (directory / _EXAMPLES, directory / _OFFSETS):
+            if path.exists() and not are_there:
+                raise ValueError(f"{path} is in the way of client files: remove it")
+    where = () if are_there else (directory, _PREPARING)  # Where they are, nothing is written.
+    with scratch_directory(*where) as scratch:
+        _write_files(scratch, clients, num_clients)
+        with locked(directory):
+            if (directory / _MANIFEST).exists():
+                if (directory / _MANIFEST).read_bytes() != (scratch / _MANIFEST).read_bytes():
+                    raise ValueError(f"{directory} has client files of other examples: remove them")
+                return False
+            for name in (_EXAMPLES, _OFFSETS, _MANIFEST):  # Without the manifest the others are none.
+                (scratch / name).replace(directory / name)
+    return True
+
+
+def _write_files(directory: pathlib.Path, clients: Iterable[Mapping[str, Any]], num_clients: int | None) -> None:
+    """Writes the client files into an empty directory."""
+    with open(directory / _EXAMPLES, "wb") as file:
+        # The bar shows only when the work takes longer than `delay` seconds.
+        offsets, features = _write_examples(
+            file,
+            tqdm.tqdm(
+                clients,
+                "preparing client files",
+                num_clients,
+                unit=" clients",
+                delay=2,
+                disable=None,
+            ),
+        )
+    np.asarray(offsets, "<i8").tofile(directory / _OFFSETS)
+    element_spec = collections.OrderedDict(
+        (name, tf.TensorSpec(dtype.shape, dtype.base)) for name, dtype in features.items()
+    )
+    crc32 = {name: _crc32(directory / name) for name in (_EXAMPLES, _OFFSETS)}
+    _Manifest(len(offsets) - 1, offsets[-1], element_spec, crc32).write(directory)
 
 
 def _remove_files(directory: str | os.PathLike[str]) -> None:
@@ -455,7 +476,8 @@ def prepare_client_dataset(
         cache_dir.mkdir(parents=True, exist_ok=True)
         with scratch_directory(cache_dir, _PREPARING) as scratch:
             temporary = scratch / "client_dataset"
-            write_client_dataset(temporary, build_clients(), num_clients=num_clients)
+            temporary.mkdir()
+            _write_files(temporary, build_clients(), num_clients)
             try:
                 temporary.rename(directory)
             except OSError:

@@ -1,6 +1,7 @@
 """Trained weights in a plain Keras model: the way back from `functional_model_from_keras`."""
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -52,13 +53,23 @@ def keras_model(
 
 
 def _copy(model):
-    classes = {type(layer) for layer in (model, *model.submodules)}
-    own = {c.__name__: c for c in classes if not c.__module__.startswith("keras.")}
     try:
-        with tf.keras.utils.custom_object_scope(own):  # Keras writes a model down to copy it.
+        with tf.keras.utils.custom_object_scope(own_objects(model)):  # Keras writes a model down to copy it.
             return copy.deepcopy(model)
     except Exception as e:  # Of many kinds: it may be somebody else's code.
         raise ValueError(f"the model cannot be copied ({first_error(e)}): give a function that builds it") from e
+
+
+def own_objects(model: tf.keras.Model) -> dict[str, Any]:
+    """Returns the classes and functions that a model is made of and that are not Keras's, by name."""
+    kinds = tf.keras.initializers.Initializer, tf.keras.regularizers.Regularizer, tf.keras.constraints.Constraint
+    found = {type(layer) for layer in (model, *model.submodules)}
+    for thing in (thing for layer in model.submodules for thing in vars(layer).values()):
+        if inspect.isfunction(thing):
+            found.add(thing)
+        elif isinstance(thing, kinds):
+            found.add(type(thing))
+    return {each.__name__: each for each in found if not each.__module__.startswith("keras.")}
 
 
 def variables_of(model: tf.keras.Model, part: str) -> list[tf.Variable]:

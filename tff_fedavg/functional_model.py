@@ -28,6 +28,7 @@ Weights = tuple[Sequence[tf.Tensor], Sequence[tf.Tensor]]
 _LOSS_METRIC = "loss"
 _NAME = re.compile(r"[A-Za-z0-9_./-]+")
 _MASK, _LOGITS = "_keras_mask", "_keras_logits"
+_ACCURACY, _CROSSENTROPY = ("accuracy", "acc"), ("crossentropy", "ce")
 
 
 def functional_model_from_keras(
@@ -46,13 +47,13 @@ def functional_model_from_keras(
       input_spec: The specs of a batch: `client_dataset.batch_spec`. x may be any nest of tensors that the model takes.
       metrics: What `build_fed_eval` computes, by name or as a list: metrics, functions that make them, functions of the
         labels and the outputs, whose mean is meant, or Keras's names for them. If none is called "loss", that is the
-        mean of l over the examples, without the added losses.
+        mean of l over the examples, without the added losses; of a batch's sum it is no mean, as in Keras.
 
     Raises:
       TypeError: If an argument has another type.
       ValueError: If the model cannot be trained in this way. The message says why.
     """
-    if not isinstance(keras_model, tf.keras.Model) and callable(keras_model):
+    if not isinstance(keras_model, tf.keras.layers.Layer) and callable(keras_model):
         keras_model = keras_model()
     if not isinstance(keras_model, tf.keras.Model):
         raise TypeError(f"keras_model is {keras_model!r}; it must be a tf.keras.Model or a function that returns one")
@@ -80,8 +81,11 @@ class KerasFunctionalModel(tff.learning.models.FunctionalModel):
                 if keras_model.losses:
                     value += tf.add_n([tf.cast(added, value.dtype) for added in keras_model.losses])
                 scaled_value = scale * value
+            gradient = tape.gradient(scaled_value, trainable)
+            if all(g is None for g in gradient):
+                raise ValueError("the loss has no gradient by any of the weights: there is nothing to train")
             # A weight that the loss does not depend on stays as it is.
-            return value, tape.gradient(scaled_value, trainable, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+            return value, [tf.zeros(v.shape) if g is None else g for g, v in zip(gradient, trainable)]
 
         def predict(x):
             output = keras_model(x, training=False)
@@ -433,10 +437,13 @@ class _MeanOfFunction(tf.keras.metrics.Mean):
 
 
 def _constructor(metric: Metric, output_spec: Any, y_spec: Any) -> Callable[[], tf.keras.metrics.Metric]:
-    if metric in ("accuracy", "acc"):
+    if metric in (*_ACCURACY, *_CROSSENTROPY):
         if not isinstance(output_spec, tf.TensorSpec):
             raise ValueError(f"the metric {metric!r} is for a model with one output: give one for all of them")
-        return functools.partial(_accuracy(output_spec, y_spec), name=metric)
+        accuracy, crossentropy = _of_classes(output_spec, y_spec)
+        if metric in _ACCURACY:
+            return functools.partial(accuracy, name=metric)
+        return functools.partial(tf.keras.metrics.MeanMetricWrapper, crossentropy, name=metric)
     if isinstance(metric, str):
         found = tf.keras.metrics.get(metric)
         if not callable(found):
@@ -459,8 +466,21 @@ def _constructor(metric: Metric, output_spec: Any, y_spec: Any) -> Callable[[], 
         raise TypeError(f"a metric is {metric!r}; it must be a Keras metric, a function that makes one, or a name")
     if not isinstance(metric, type) and len(_parameters(metric, required=True)) == 2:  # Of labels and outputs.
         wrapper = tf.keras.metrics.MeanMetricWrapper if isinstance(output_spec, tf.TensorSpec) else _MeanOfFunction
-        return functools.partial(wrapper, metric, name=getattr(metric, "__name__", type(metric).__name__))
+        name = getattr(metric, "__name__", type(metric).__name__)
+        return functools.partial(wrapper, _for_each_example(metric), name=name)
     return metric
+
+
+def _for_each_example(fn: Callable[[Any, Any], tf.Tensor]) -> Callable[[Any, Any], tf.Tensor]:
+    """Has a function that gives one number for a batch give it for each example: batches are of several sizes."""
+
+    def fn_for_each(y_true, y_pred):
+        value = tf.convert_to_tensor(fn(y_true, y_pred))
+        if value.shape.rank == 0 and not hasattr(y_pred, _MASK):  # With a mask it gets the weights of that.
+            value = tf.fill(tf.shape(tf.nest.flatten(y_true)[0])[:1], value)
+        return value
+
+    return fn_for_each
 
 
 def _parameters(function: Callable, required: bool = False) -> list[str]:
@@ -470,10 +490,11 @@ def _parameters(function: Callable, required: bool = False) -> list[str]:
     return [p.name for p in parameters if not required or p.default is p.empty]
 
 
-def _accuracy(output_spec: tf.TensorSpec, y_spec: tf.TensorSpec) -> type[tf.keras.metrics.Metric]:
-    """Returns what `tf.keras.Model.compile` takes "accuracy" for."""
+def _of_classes(output_spec: tf.TensorSpec, y_spec: tf.TensorSpec) -> tuple[type[tf.keras.metrics.Metric], Callable]:
+    """Returns what `tf.keras.Model.compile` takes "accuracy" and "crossentropy" for."""
+    metrics = tf.keras.metrics
     if output_spec.shape[-1] == 1:
-        return tf.keras.metrics.BinaryAccuracy
+        return metrics.BinaryAccuracy, metrics.binary_crossentropy
     if y_spec.shape.rank < output_spec.shape.rank or y_spec.shape[-1] == 1:
-        return tf.keras.metrics.SparseCategoricalAccuracy
-    return tf.keras.metrics.CategoricalAccuracy
+        return metrics.SparseCategoricalAccuracy, metrics.sparse_categorical_crossentropy
+    return metrics.CategoricalAccuracy, metrics.categorical_crossentropy

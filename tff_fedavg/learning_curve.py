@@ -89,8 +89,10 @@ class Target:
         """
         best = self.monotone(values)
         i = next((i for i, value in enumerate(best) if self.is_reached(value)), None)
-        if not i:
-            return None if i is None else float(rounds[0])
+        if i is None:
+            return None
+        if not i or math.isnan(best[i - 1]):
+            return float(rounds[i])
         # `np.interp` wants ascending values.
         sign = -1 if self.lower_is_better else 1
         return float(np.interp(sign * self.value, sign * best[i - 1 : i + 1], rounds[i - 1 : i + 1]))

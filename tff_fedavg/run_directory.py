@@ -31,7 +31,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        """Makes or opens the directory, and holds its lock until the process ends.
+        """Makes or opens the directory, and holds its lock until it is closed, or the process ends.
 
         Args:
           path: The directory.
@@ -61,6 +61,10 @@ class RunDirectory:
         if config is None and (self.metrics_csv.exists() or saved_state.saved_rounds(self.path)):
             raise ValueError(f"run_dir={self.path} holds a run whose {_CONFIG_JSON} is missing: give another run_dir")
         self.run = (config or {}).get("run") or uuid.uuid4().hex
+
+    def close(self) -> None:
+        """Lets others use the directory."""
+        self._lock.close()
 
     def start(
         self, settings: Mapping[str, Any], checksums: Mapping[str, str], target: Target, *, after_round: int = 0

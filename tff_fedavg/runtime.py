@@ -173,9 +173,7 @@ class _Context(tff.framework.SyncContext):
         cores = self._cores
         if len(self._workers) == 1:
             return _num_shares(num_clients, cores)
-        per_worker = num_clients // (_CLIENTS_PER_SHARE * len(self._workers) * cores)
-        per_worker = max(1, min(per_worker, _SUBROUNDS_PER_WORKER))
-        return min(num_clients, len(self._workers) * per_worker * cores)
+        return min(num_clients, cores * self._num_even_subrounds(num_clients // (_CLIENTS_PER_SHARE * cores)))
 
     def require_client_files(self, manifest: pathlib.Path) -> None:
         self._queue.require(manifest)
@@ -187,12 +185,14 @@ class _Context(tff.framework.SyncContext):
         clients, cores = subrounds.num_clients(comp, arg), self._cores
         if not clients:
             return 1
-        number = 1
-        if len(self._workers) > 1:
-            per_worker = clients // (cores * len(self._workers))
-            number = len(self._workers) * max(1, min(per_worker, _SUBROUNDS_PER_WORKER))
+        number = self._num_even_subrounds(clients // cores) if len(self._workers) > 1 else 1
         for_memory = subrounds.num_for_memory(comp, arg, self._clients_per_subround, cores)
         return min(clients, max(number, for_memory))
+
+    def _num_even_subrounds(self, most: int) -> int:
+        """Returns how many subrounds even out among the workers, at most so many if that is one for each or more."""
+        per_worker = max(1, min(most // len(self._workers), _SUBROUNDS_PER_WORKER))
+        return len(self._workers) * per_worker
 
     @property
     def _cores(self) -> int:

@@ -1,5 +1,6 @@
 """Sampling of the clients that take part in a round (Algorithm 1: m <- max(C K, 1); S_t <- random set of m clients)."""
 
+import numbers
 import operator
 from collections.abc import Callable
 
@@ -13,8 +14,11 @@ def num_sampled_clients(num_clients: int, client_fraction: float) -> int:
     """Returns m = max(C K, 1), rounded down. C = 0 means one client per round.
 
     Raises:
+      TypeError: If C is no number.
       ValueError: If C is not in [0, 1].
     """
+    if not isinstance(client_fraction, numbers.Real):
+        raise TypeError(f"client_fraction (C) is {client_fraction!r}; it must be a number")
     if not 0 <= client_fraction <= 1:
         raise ValueError(f"client_fraction (C) is {client_fraction}; it must be in [0, 1]")
     if isinstance(client_fraction, np.floating):
@@ -29,7 +33,7 @@ def build_sampling_fn(num_clients: int, client_fraction: float, seed: int) -> Ca
     S_t depends on the seed and on t alone, so a run that resumes at round t goes on with the same clients.
 
     Raises:
-      TypeError: If the seed is no integer.
+      TypeError: If the seed is no integer, or C no number.
       ValueError: If C is not in [0, 1], or the seed not in [0, 2^32).
     """
     # TFF takes no notice of a seed that is not of Python's own type.

@@ -11,6 +11,7 @@ itself, as Keras would do it, and its operations are copied into TFF's graph, wh
 What cannot be had so, such as a variable that the function changes, is refused when the function is traced.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,6 @@ _STATELESS = {
 # Gives the state of a `tf.random.Generator`, int64 `[3]`. Keras's layers for augmentation use it.
 _READ_GENERATOR = "RngReadAndSkip"
 _SEEDED = (*_STATELESS, _READ_GENERATOR)
-_OTHER_RANDOM = ("RandomGamma", "RandomPoissonV2", "RandomShuffle", "ParameterizedTruncatedNormal", "StatefulUniform")
 _CHANGES = ("Assign", "ResourceApply", "ResourceSparseApply", "ResourceScatter")
 _CALLS_PYTHON = ("PyFunc", "PyFuncStateless", "EagerPyFunc")
 # A `VarHandleOp` of this name makes a variable of its own each time it is executed.
@@ -92,7 +92,8 @@ class TracedFunction:
             elif not any(n.op == _READ_GENERATOR and n.input[0] == key for n in graph_def.node):
                 raise ValueError(f"{name} uses {external.numpy()!r}, which exists in this program only")
         self._graph_def = self._rewrite(graph_def, variable_of)
-        self._in_eager_mode = tf.function(self.__call__, autograph=False, reduce_retracing=True)
+        # A partial, which has no code: by that TensorFlow counts how often a function is traced, and warns.
+        self._in_eager_mode = tf.function(functools.partial(self.__call__), autograph=False, reduce_retracing=True)
 
     @property
     def output_spec(self) -> Any:
@@ -189,7 +190,10 @@ def _check(name: str, graph_def: tf.compat.v1.GraphDef, variable_of: Mapping[str
             raise ChangedVariableError(name, variable_of.get(node.input[0]))
         if node.op in _CALLS_PYTHON:
             raise ValueError(f"{name} calls Python (tf.py_function or tf.numpy_function), which TFF's worker cannot")
-        if node.op in _OTHER_RANDOM:
+        # What draws at random has two seeds, but for the stateless operations, and one that has none. Keras's LSTM and
+        # GRU have a form for GPUs beside them, which has seeds, too.
+        has_seeds = "seed2" in node.attr and not node.op.startswith("Cudnn")
+        if (has_seeds and node.op not in _STATELESS) or node.op == "NonDeterministicInts":
             raise ValueError(
                 f"{name} draws random numbers with {node.op}, which has no seed here: take one of tf.random.stateless_*"
             )
@@ -202,8 +206,14 @@ def _check(name: str, graph_def: tf.compat.v1.GraphDef, variable_of: Mapping[str
 
 
 def first_error(error: Exception) -> str:
-    """Returns the line of an error's text that says what it is: AutoGraph and Keras put the code before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """Returns the line of an error's text that says what it is: AutoGraph and Keras put the code before it.
+
+    Without the configuration of what could not be made of it, which Keras puts after it.
+    """
+    lines = [
+        re.split(r",? (?:using config=|Full object config: )", line.strip())[0] for line in str(error).splitlines()
+    ]
+    lines = [line for line in lines if line and "Exception encountered when calling" not in line]
     named = [line for line in lines if re.match(r"[A-Za-z]+(Error|Exception): ", line)]
     return (named or [f"{type(error).__name__}: {line}" for line in lines] or [type(error).__name__])[0]
 

@@ -78,7 +78,8 @@ def train(
       evaluate: Maps model weights to metrics on the test set, that of the target among them.
       target: Where to stop, and the metric of which the best value is kept.
       total_rounds: Last round.
-      rounds_per_evaluation: As for `learning_curve.next_evaluation`; round 0 and the last round are evaluated, too.
+      rounds_per_evaluation: As for `learning_curve.next_evaluation`; round 0 and the last one, when it is run, are
+        evaluated, too.
       also_released: What is released with the metrics of each round, such as the bytes that are sent.
       on_start: Called once, before anything is written, with the round that training goes on after, 0 for a new run.
       on_round: Called after each round.

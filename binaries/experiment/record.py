@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import tasks
 from binaries.experiment.setting import field
 from tff_fedavg import run_directory
+from tff_fedavg.integer import INT32_MAX
 
 if TYPE_CHECKING:
     from tasks.task import Task
 
-_INT32_MAX = 2**31 - 1  # Rounds, steps and ids are int32 in TensorFlow's graphs.
 _FLOAT32_MAX = 3.4e38
 
 _OPTIMIZERS = ("sgd", "momentum", "adam", "adagrad", "yogi")
@@ -84,9 +84,9 @@ class Experiment:
         above=True,
         needs=("partition", "dirichlet"),
     )
-    clients: int | None = field("K, the number of clients; by default the paper's.", takes=(1, _INT32_MAX))
+    clients: int | None = field("K, the number of clients; by default the paper's.", takes=(1, INT32_MAX))
     seed: int = field(
-        "Seeds the initial weights, the partition, the sampling and the minibatches.", 0, takes=(0, _INT32_MAX)
+        "Seeds the initial weights, the partition, the sampling and the minibatches.", 0, takes=(0, INT32_MAX)
     )
     algorithm: str = field(
         "Federated Averaging, FedSGD (E = 1, B = inf), or centralised SGD on the data of all clients together (a round "
@@ -109,7 +109,7 @@ class Experiment:
     batch_size: int = field(
         "B, the local minibatch size; 0 is B = inf. By default 10, for sgd 100.",
         {"fedavg": 10, "fedsgd": 0, "sgd": 100},
-        takes=(0, _INT32_MAX),
+        takes=(0, INT32_MAX),
         needs=("algorithm", "fedavg", "sgd"),
     )
     client_optimizer: str = field(
@@ -130,7 +130,7 @@ class Experiment:
     decay_every: int | None = field(
         "Rounds between two decays of eta; by default 1.",
         lambda experiment: None if experiment.learning_rate_decay is None else 1,
-        takes=(1, _INT32_MAX),
+        takes=(1, INT32_MAX),
         needs=("learning_rate_decay",),
     )
     client_momentum: float | None = _optimizer_parameter("client", "momentum", (0, 1), {"momentum": 0.9})
@@ -218,21 +218,21 @@ class Experiment:
     clients_per_subround: int | None = field(
         "How many clients' updates the worker has in memory at once, which is not needed for the mean; by default as "
         "many as take about a gigabyte.",
-        takes=(1, _INT32_MAX),
+        takes=(1, INT32_MAX),
         needs=("aggregator", *_ROBUST, "dp"),
         may_differ=True,
     )
     rounds: int = field(
         "Communication rounds at most; by default 100, for sgd 10,000.",
         {"fedavg": 100, "fedsgd": 100, "sgd": 10_000},
-        takes=(1, _INT32_MAX),
+        takes=(1, INT32_MAX),
         may_differ=True,
     )
     eval_every: int = field(
         "Rounds between evaluations on the test set; 0 for those of the paper's Figures 2, 6 and 7: rounds 1 to 10, "
         "every tenth up to 100, then every hundredth. By default 1, for sgd 100.",
         {"fedavg": 1, "fedsgd": 1, "sgd": 100},
-        takes=(0, _INT32_MAX),
+        takes=(0, INT32_MAX),
         may_differ=True,
     )
     eval_train: bool = field("Evaluates the loss on the training data of all clients too (Figures 3, 6 and 8).", False)

@@ -57,55 +57,58 @@ def run(
     directory = run_dir if isinstance(run_dir, RunDirectory) else RunDirectory(run_dir)
     run_dir = directory.path
     workers = workers or Workers()
-    if experiment.matmul_precision == "bfloat16" and not workers.addresses:
-        precision.check_processor()
-    if held := Experiment.read(run_dir):
-        held.go_on(run_dir, experiment.to_json())  # Refuses another experiment.
-    with workers.start(experiment.clients_per_subround):
-        task = experiment.build_task(data_dir, cache_dir)
-        target = choose_target(experiment, task)
-        model = task.build_model(experiment.seed)
-        evaluate = build_evaluate(experiment, task, model)
-        process, training_selection_fn = build_process(experiment, task, model)
-        check_data(run_dir, task.checksums)
+    with contextlib.closing(directory):  # An error may be kept, as in a notebook, and the directory with it.
+        if experiment.matmul_precision == "bfloat16" and not workers.addresses:
+            precision.check_processor()
+        if held := Experiment.read(run_dir):
+            held.go_on(run_dir, experiment.to_json())  # Refuses another experiment.
+        with workers.start(experiment.clients_per_subround):
+            task = experiment.build_task(data_dir, cache_dir)
+            target = choose_target(experiment, task)
+            model = task.build_model(experiment.seed)
+            evaluate = build_evaluate(experiment, task, model)
+            process, training_selection_fn = build_process(experiment, task, model)
+            check_data(run_dir, task.checksums)
 
-        first_round = 0
+            first_round = 0
 
-        def start(round_number: int) -> None:
-            nonlocal first_round
-            first_round = round_number
-            # Until here the model may be refused, and then there is no run.
-            directory.start(experiment.to_json(), task.checksums, target, after_round=round_number)
-            observer.start(round_number)
+            def start(round_number: int) -> None:
+                nonlocal first_round
+                first_round = round_number
+                # Until here the model may be refused, and then there is no run.
+                directory.start(experiment.to_json(), task.checksums, target, after_round=round_number)
+                observer.start(round_number)
 
-        def draw() -> None:
-            title = ", ".join(part for part in (task.name, experiment.partition, experiment.algorithm) if part)
-            curve = learning_curve.evaluations(read_metrics(run_dir), target.metric)
-            learning_curve.plot(directory.learning_curve_png, *curve, target=target, title=title)
+            def draw() -> None:
+                title = ", ".join(part for part in (task.name, experiment.partition, experiment.algorithm) if part)
+                curve = learning_curve.evaluations(read_metrics(run_dir), target.metric)
+                learning_curve.plot(directory.learning_curve_png, *curve, target=target, title=title)
 
-        try:
-            training.train(
-                process,
-                directory,
-                training_selection_fn=training_selection_fn,
-                evaluate=evaluate,
-                target=target,
-                total_rounds=experiment.rounds,
-                rounds_per_evaluation=experiment.eval_every,
-                also_released=_bytes_sent(experiment, task, process),
-                on_start=start,
-                on_round=observer.update,
-                on_mended=observer.report_mended,
-            )
-        except BaseException as e:
-            with contextlib.suppress(OSError):  # What has ended the training is what is to be told.
-                draw()
-            if not isinstance(e, training.DivergedError):
-                raise
-            rate = experiment.learning_rate
-            raise training.DivergedError(f"{e} at learning_rate={rate:g}; {run_dir} keeps the state before it") from e
-        draw()
-    return _outcome(experiment, directory, task, target, first_round)
+            try:
+                training.train(
+                    process,
+                    directory,
+                    training_selection_fn=training_selection_fn,
+                    evaluate=evaluate,
+                    target=target,
+                    total_rounds=experiment.rounds,
+                    rounds_per_evaluation=experiment.eval_every,
+                    also_released=_bytes_sent(experiment, task, process),
+                    on_start=start,
+                    on_round=observer.update,
+                    on_mended=observer.report_mended,
+                )
+            except BaseException as e:
+                with contextlib.suppress(OSError):  # What has ended the training is what is to be told.
+                    draw()
+                if not isinstance(e, training.DivergedError):
+                    raise
+                rate = experiment.learning_rate
+                raise training.DivergedError(
+                    f"{e} at learning_rate={rate:g}; {run_dir} keeps the state before it"
+                ) from e
+            draw()
+        return _outcome(experiment, directory, task, target, first_round)
 
 
 def _bytes_sent(
@@ -128,6 +131,8 @@ def _outcome(experiment: Experiment, directory: RunDirectory, task: Task, target
         for name in ("training_time_in_seconds", _BYTES_UP, _BYTES_DOWN, "clients_left_out")
     }
     parts = [f"{last_round} rounds", f"best {target.metric} {target.best(values):.4f}"]
+    if rounds[-1] < last_round:  # Of a run that was stopped there, and goes no further.
+        parts[-1] += f" up to round {rounds[-1]}, the last that was evaluated"
     if target.value is not None:
         crossing = target.rounds(rounds, values)
         parts.append(f"rounds to {target.value:g}: {'not reached' if crossing is None else f'{crossing:.1f}'}")

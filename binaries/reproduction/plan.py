@@ -15,8 +15,7 @@ from binaries.experiment import Experiment
 from binaries.reproduction import published
 from binaries.reproduction.outcome import read_outcome
 from binaries.reproduction.published import Cell
-from tff_fedavg import learning_curve, run_directory
-from tff_fedavg.metrics_table import ROUND_FIELD
+from tff_fedavg import learning_curve, saved_state
 
 _CAP = 1.5  # Rounds of a run at most, in multiples of the paper's.
 
@@ -140,12 +139,8 @@ class Run:
         return read_outcome(self.directory(results_dir))
 
     def last_round(self, results_dir: pathlib.Path) -> int:
-        """Returns the round from which the run goes on; 0 if it has not begun."""
-        try:
-            metrics = run_directory.read_metrics(self.directory(results_dir))
-        except ValueError:  # It is told when the run is to go on.
-            return 0
-        return int(metrics[-1][ROUND_FIELD]) if metrics else 0
+        """Returns the round from which the run goes on: that of its newest state, 0 without one."""
+        return max(saved_state.saved_rounds(self.directory(results_dir)), default=0)
 
     @property
     def experiment(self) -> Experiment:

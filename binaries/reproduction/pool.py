@@ -4,6 +4,7 @@ A run per core is faster than one run on all cores, where those that have finish
 and TFF, which takes four seconds to import, is not imported for each of them.
 """
 
+import contextlib
 import dataclasses
 import gc
 import multiprocessing
@@ -35,11 +36,13 @@ class Ended:
       name: Its name.
       outcome: What came of it, or why it failed: one line.
       failed: Whether it has raised an error, or its process died.
+      refused: Whether it has failed for what it was given, which others may have been given, too.
     """
 
     name: str
     outcome: str
-    failed: bool
+    failed: bool = False
+    refused: bool = False
 
 
 @dataclasses.dataclass
@@ -87,9 +90,12 @@ class Pool:
         # What Ctrl-C or a closed terminal sends to all its processes is for the program, which ends the others.
         with signals.postponed():
             worker = self._idle.pop() if self._idle else _start(self._free_cores.pop())
+            if not worker.process.is_alive():  # Killed while it had nothing to do.
+                worker = _start(worker.core)
             worker.jobs, worker.name, worker.message = worker.jobs + 1, name, "starting"
             self._running[worker.connection] = worker
-        worker.connection.send(job)
+        with contextlib.suppress(OSError):  # If it has just died, `wait` tells so.
+            worker.connection.send(job)
 
     def wait(self, seconds: float) -> list[Ended]:
         """Waits until a job ends; returns those that have ended.
@@ -108,7 +114,7 @@ class Pool:
         worker = self._running[connection]
         try:
             kind, message = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             worker.process.join()
             kind = "died"
             message = f"its process died with exit status {worker.process.exitcode}, maybe for lack of memory"
@@ -121,7 +127,7 @@ class Pool:
         else:
             _end([worker.process])
             self._free_cores.append(worker.core)
-        return Ended(worker.name, message, failed=kind != "ended")
+        return Ended(worker.name, message, failed=kind != "ended", refused=kind == "refused")
 
 
 def _start(core: int) -> _Process:
@@ -172,5 +178,6 @@ def _serve(connection: multiprocessing.connection.Connection) -> None:
         except (ValueError, OSError, RuntimeError) as e:
             if signals.received() is not None:
                 raise
-            result = ("failed", first_line(e))
+            # A RuntimeError is of a worker that was lost, for lack of memory, say.
+            result = ("failed" if isinstance(e, RuntimeError) else "refused", first_line(e))
         connection.send(result)
