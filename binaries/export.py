@@ -46,26 +46,10 @@ def main() -> None:
     if measured := _measured(run_dir, round_number):
         print(f"on the test set of {experiment.task}: {measured}")
     if output.suffix:
-        _tell_what_loading_needs(model, output)
+        from tff_fedavg.export import what_loading_needs
 
-
-def _tell_what_loading_needs(model: "tf.keras.Model", output: pathlib.Path) -> None:
-    import tensorflow as tf
-
-    from tff_fedavg.export import own_objects
-    from tff_fedavg.traced import first_error
-
-    objects = own_objects(model)
-    ours = sorted({o.__module__ for o in objects.values() if o.__module__.startswith("tff_fedavg.")})
-    own = {name: o for name, o in objects.items() if o.__module__ not in ours}
-    if ours:
-        print(f"it has layers of {', '.join(ours)}: import that before it is loaded")
-    if own:
-        print(f"it has what is the task's own, which load_model takes as custom_objects: {', '.join(sorted(own))}")
-    try:
-        tf.keras.models.load_model(output, own)
-    except Exception as e:  # Of any kind: it may be somebody else's code.
-        print(f"Keras cannot load it so ({first_error(e)}): a SavedModel, --output={output.stem}, needs nothing")
+        for line in what_loading_needs(model, output):
+            print(line)
 
 
 def _output() -> pathlib.Path:

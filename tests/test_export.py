@@ -15,7 +15,7 @@ from tensorflow.keras import layers
 
 import tasks
 import tff_fedavg
-from tff_fedavg import learning_curve, metrics_table, models, saved_state
+from tff_fedavg import export, learning_curve, metrics_table, models, saved_state
 
 SPARSE = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -224,6 +224,10 @@ def with_own_functions():
     return tf.keras.Sequential([layers.InputLayer([4]), layers.Dense(3, shifted_relu, kernel_initializer=Twos())])
 
 
+def with_lambda():
+    return tf.keras.Sequential([layers.InputLayer([4]), layers.Lambda(lambda x: 2 * x), layers.Dense(3)])
+
+
 class Unregistered(Subclassed):
     pass
 
@@ -283,6 +287,29 @@ def test_layers_that_keras_lacks_need_one_import_and_not_tff(tmp_path):
 class Uncopied(Subclassed):
     def get_config(self):
         raise NotImplementedError("no configuration")
+
+
+@pytest.mark.parametrize(
+    ("build", "needs"),
+    [
+        (normalized, []),
+        (Unregistered, ["it has what is not Keras's, and load_model takes as custom_objects: Unregistered"]),
+        (
+            with_own_functions,
+            ["it has what is not Keras's, and load_model takes as custom_objects: Twos, shifted_relu"],
+        ),
+        (with_own_layer, ["it has what is not Keras's, and load_model takes as custom_objects: Scale"]),
+        (models.mnist_cnn, ["it has layers of tff_fedavg.layers: import that before it is loaded"]),
+        (with_lambda, ["Keras cannot load it so (ValueError: Requested the deserialization of a Lambda layer"]),
+    ],
+)
+def test_what_loading_needs_is_told(tmp_path, build, needs):
+    model = build()
+    if not model.built:
+        model(np.zeros([1, 4], np.float32))
+    model.save(tmp_path / "model.keras")
+    told = export.what_loading_needs(model, tmp_path / "model.keras")
+    assert [line[: len(need)] for line, need in zip(told, needs, strict=True)] == needs
 
 
 def test_a_model_that_cannot_be_copied_is_told_in_one_line():

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -54,18 +55,35 @@ def keras_model(
 
 def _copy(model):
     try:
-        with tf.keras.utils.custom_object_scope(own_objects(model)):  # Keras writes a model down to copy it.
+        with tf.keras.utils.custom_object_scope(_own_objects(model)):  # Keras writes a model down to copy it.
             return copy.deepcopy(model)
     except Exception as e:  # Of many kinds: it may be somebody else's code.
         raise ValueError(f"the model cannot be copied ({first_error(e)}): give a function that builds it") from e
 
 
-def own_objects(model: tf.keras.Model) -> dict[str, Any]:
+def what_loading_needs(model: tf.keras.Model, path: str | os.PathLike[str]) -> list[str]:
+    """Returns what is to be known to load a model with Keras from the `.keras` file that it was saved in, in lines."""
+    objects = _own_objects(model)
+    ours = {each.__module__ for each in objects.values() if each.__module__.startswith("tff_fedavg.")}
+    own = {name: each for name, each in objects.items() if each.__module__ not in ours}
+    lines = []
+    if ours:
+        lines.append(f"it has layers of {', '.join(sorted(ours))}: import that before it is loaded")
+    if own:
+        lines.append(f"it has what is not Keras's, and load_model takes as custom_objects: {', '.join(sorted(own))}")
+    try:
+        tf.keras.models.load_model(path, own)
+    except Exception as e:  # Of many kinds: it may be somebody else's code.
+        lines.append(f"Keras cannot load it so ({first_error(e)}): a SavedModel needs nothing")
+    return lines
+
+
+def _own_objects(model):
     """Returns the classes and functions that a model is made of and that are not Keras's, by name."""
     kinds = tf.keras.initializers.Initializer, tf.keras.regularizers.Regularizer, tf.keras.constraints.Constraint
     found = {type(layer) for layer in (model, *model.submodules)}
     for thing in (thing for layer in model.submodules for thing in vars(layer).values()):
-        if inspect.isfunction(thing):
+        if inspect.isfunction(thing) and thing.__name__ != "<lambda>":
             found.add(thing)
         elif isinstance(thing, kinds):
             found.add(type(thing))
