@@ -27,12 +27,15 @@ def run_at_once(module, *flags, **kwargs):
         return run_alone(module, *flags, env={**os.environ, "PYTHONPATH": directory}, **kwargs)
 
 
-def run_program(module, *flags, timeout=120):
-    """Runs it in a process with the imports of TensorFlow and TFF, which take half the time of a start."""
+def run_program(module, *flags, timeout=120, before=None):
+    """Runs it in a process with the imports of TensorFlow and TFF, which take half the time of a start.
+
+    Before that `before` is called in it, a function of a module.
+    """
     arguments = [module, *map(str, flags)]
     with tempfile.TemporaryDirectory() as directory:
         output, errors = (pathlib.Path(directory, name) for name in ("stdout", "stderr"))
-        process = _processes.Process(target=_run, args=(arguments, output, errors))
+        process = _processes.Process(target=_run, args=(before, arguments, output, errors))
         process.start()
         process.join(timeout)
         if process.exitcode is None:
@@ -41,9 +44,11 @@ def run_program(module, *flags, timeout=120):
         return subprocess.CompletedProcess(arguments, process.exitcode, output.read_text(), errors.read_text())
 
 
-def _run(arguments, *outputs):
+def _run(before, arguments, *outputs):
     for descriptor, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(ROOT)
+    if before:
+        before()
     sys.argv = arguments
     runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)

@@ -1,6 +1,7 @@
 import collections
 import concurrent.futures
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -227,15 +228,15 @@ def test_files_that_are_there_are_not_written_over(tmp_path):
 
 def test_files_are_there_as_a_whole_however_the_program_ends_and_whoever_writes_them_too(tmp_path):
     """One program is killed while it writes; then another has finished the same when this one comes to an end."""
-    code = f"""if True:
-        import os, signal
-        from tff_fedavg.client_data import write_client_dataset
-        def clients():
-            yield {{"x": [1.0], "y": [2]}}
-            os.kill(os.getpid(), signal.SIGKILL)
-        write_client_dataset({str(tmp_path)!r}, clients())
-    """
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -signal.SIGKILL
+
+    def clients():
+        yield {"x": [1.0], "y": [2]}
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    killed = multiprocessing.get_context("fork").Process(target=lambda: write_client_dataset(tmp_path, clients()))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".preparing-")] == []
 
     def slowly():

@@ -24,8 +24,8 @@ def command(run_dir, *flags):
     return ["binaries.train", "--data=embedded", f"--cache_dir={run_dir.parent}/cache", f"--run_dir={run_dir}", *flags]
 
 
-def train(run_dir, *flags):
-    return run_program(*command(run_dir, *flags))
+def train(run_dir, *flags, **kwargs):
+    return run_program(*command(run_dir, *flags), **kwargs)
 
 
 def train_alone(run_dir, *flags, **kwargs):
@@ -206,17 +206,20 @@ def test_run_that_is_interrupted_killed_and_resumed_ends_bit_equal(finished_run)
     assert list(scratch.iterdir()) == []
 
 
+def limit_files_to_300_kilobytes():
+    """Less than a state has: 800 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+
 def test_full_disk_ends_the_run_with_one_line(finished_run):
-    """No file may grow beyond 300 kB, less than a state of 800 kB."""
     run_dir = finished_run[0].parent / "full"
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))  # noqa: E731
-    result = train_alone(run_dir, *FLAGS, "--rounds=2", preexec_fn=limit)
+    result = train(run_dir, *FLAGS, "--rounds=2", before=limit_files_to_300_kilobytes)
     assert result.returncode == 2
     assert result.stderr.startswith("train: the state of round 0 could not be written: ")
     assert result.stderr.count("\n") == 1
     assert len(metrics(run_dir)) == 1
     # Another seed needs other client files.
-    result = train_alone(run_dir.parent / "full too", *FLAGS, "--seed=1", preexec_fn=limit)
+    result = train(run_dir.parent / "full too", *FLAGS, "--seed=1", before=limit_files_to_300_kilobytes)
     assert result.returncode == 2
     assert result.stderr.startswith("train: the client files could not be written to ")
     assert result.stderr.count("\n") == 1
