@@ -35,7 +35,7 @@ def check_labels(model: tff.learning.models.FunctionalModel, loss: Loss, dataset
         ends = np.cumsum(dataset.num_examples)
         for start, labels in _labels(dataset):
             with np.errstate(invalid="ignore"):  # NaN is no class, either.
-                classes = labels.astype(np.int64)  # As Keras does.
+                classes = labels.astype(np.int64, copy=False)  # As Keras does.
             if (place := first_outside(classes, num_classes)) is not None:
                 example = start + place[0]
                 client = np.searchsorted(ends, example, side="right")

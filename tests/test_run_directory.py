@@ -89,6 +89,7 @@ def test_directory_in_use_is_refused(tmp_path):
     first = RunDirectory(tmp_path)
     with pytest.raises(ValueError, match="is in use by another run"):
         RunDirectory(tmp_path)
+    assert first.path == tmp_path
     first.close()
     RunDirectory(tmp_path)
 

@@ -136,7 +136,7 @@ def test_worker_that_keeps_dying_ends_the_computation_with_an_error(tmp_path):
     @tff.tensorflow.computation
     def never_ends():
         with tf.control_dependencies([tf.io.write_file(str(computes), "")]):
-            return tf.while_loop(lambda _: True, lambda i: i + 1, [tf.constant(1.0)])[0]
+            return tf.while_loop(lambda _: True, lambda i: i + 1, [tf.constant(0.0)])[0]
 
     def keep_killing():
         while not ended.wait(0.05):

@@ -87,7 +87,12 @@ def _own_objects(model):
             found.add(thing)
         elif isinstance(thing, kinds):
             found.add(type(thing))
-    return {each.__name__: each for each in found if not each.__module__.startswith("keras.")}
+    return {each.__name__: each for each in found if not is_of_keras(each)}
+
+
+def is_of_keras(thing: Any) -> bool:
+    """Whether a class, an instance of one, or a function is Keras's own."""
+    return str(getattr(thing, "__module__", "")).startswith("keras.")
 
 
 def variables_of(model: tf.keras.Model, part: str) -> list[tf.Variable]:

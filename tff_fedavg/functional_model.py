@@ -16,7 +16,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 import tff_fedavg.default_context  # noqa: F401
-from tff_fedavg.export import variables_of
+from tff_fedavg.export import is_of_keras, variables_of
 from tff_fedavg.global_policy import global_policy
 from tff_fedavg.traced import ChangedVariableError, TracedFunction, first_error
 
@@ -204,11 +204,6 @@ def _check_loss(loss: Loss, output_spec: Any) -> None:
             f"the model has {len(tf.nest.flatten(output_spec))} outputs, and Keras's losses are for one: give a "
             "function of (y_true, y_pred) that takes all of them"
         )
-
-
-def is_of_keras(thing: Any) -> bool:
-    """Whether a class, an instance of one, or a function is Keras's own."""
-    return str(getattr(thing, "__module__", "")).startswith("keras.")
 
 
 def _layers(layer: tf.keras.layers.Layer) -> Iterator[tf.keras.layers.Layer]:
@@ -421,8 +416,11 @@ class _MeanLoss(tf.keras.metrics.Mean):
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: tf.Tensor | None = None):
         del sample_weight  # The mask, which the loss function finds where it is.
-        num_examples = tf.shape(tf.nest.flatten(y_true)[0])[0]
-        return super().update_state(self._loss_fn(y_pred, y_true, _attached_to(y_pred)), num_examples)
+        return super().update_state(self._loss_fn(y_pred, y_true, _attached_to(y_pred)), _num_examples(y_true))
+
+
+def _num_examples(y_true: Any) -> tf.Tensor:
+    return tf.shape(tf.nest.flatten(y_true)[0])[0]
 
 
 class _MeanOfFunction(tf.keras.metrics.Mean):
@@ -477,7 +475,7 @@ def _for_each_example(fn: Callable[[Any, Any], tf.Tensor]) -> Callable[[Any, Any
     def fn_for_each(y_true, y_pred):
         value = tf.convert_to_tensor(fn(y_true, y_pred))
         if value.shape.rank == 0 and not hasattr(y_pred, _MASK):  # With a mask it gets the weights of that.
-            value = tf.fill(tf.shape(tf.nest.flatten(y_true)[0])[:1], value)
+            value = tf.fill([_num_examples(y_true)], value)
         return value
 
     return fn_for_each

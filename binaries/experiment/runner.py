@@ -131,7 +131,7 @@ def _outcome(experiment: Experiment, directory: RunDirectory, task: Task, target
         for name in ("training_time_in_seconds", _BYTES_UP, _BYTES_DOWN, "clients_left_out")
     }
     parts = [f"{last_round} rounds", f"best {target.metric} {target.best(values):.4f}"]
-    if rounds[-1] < last_round:  # Of a run that was stopped there, and goes no further.
+    if rounds and rounds[-1] < last_round:  # Of a run that was stopped there, and goes no further.
         parts[-1] += f" up to round {rounds[-1]}, the last that was evaluated"
     if target.value is not None:
         crossing = target.rounds(rounds, values)

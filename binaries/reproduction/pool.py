@@ -41,8 +41,8 @@ class Ended:
 
     name: str
     outcome: str
-    failed: bool = False
-    refused: bool = False
+    failed: bool
+    refused: bool
 
 
 @dataclasses.dataclass
