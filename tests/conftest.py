@@ -15,7 +15,8 @@ import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
 
-from tff_fedavg.client_data import ClientDataset, write_client_dataset
+from tff_fedavg.client_data import ClientDataset
+from tff_fedavg.client_files import write_client_dataset
 from tff_fedavg.runtime import local_worker
 
 # A shell has its background jobs ignore Ctrl-C, and so would the programs that the tests start and interrupt.
@@ -29,6 +30,22 @@ NUM_CLASSES = 3
 
 def pytest_addoption(parser):
     parser.addoption("--damage_cases", type=int, default=200, help="How many times each kind of file is damaged.")
+
+
+def identity(example, seed):
+    """The preprocess_fn for examples of "x" and "y"."""
+    return example["x"], example["y"]
+
+
+def read_in_graph(dataset, client_id):
+    """All examples of a client, as a batch."""
+
+    @tf.function
+    def read(k):
+        records = dataset.read(k)
+        return dataset.batch(records, tf.range(tf.shape(records)[0]), NO_SEED)
+
+    return [t.numpy() for t in read(tf.constant(client_id))]
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ import tensorflow as tf
 from numpy_model import max_difference
 
 from tff_fedavg import CentralizedSGD, build_fed_sgd, learning_curve, metrics_table, training
-from tff_fedavg.client_data import ClientDataset, write_client_dataset
+from tff_fedavg.client_data import ClientDataset
+from tff_fedavg.client_files import write_client_dataset
 from tff_fedavg.run_directory import RunDirectory
 
 

@@ -6,7 +6,7 @@ from numpy_model import client_update, loss_and_gradient, max_difference
 from tff_reference import run_rounds_of_tff, split
 
 from tff_fedavg import ClientDataset, build_fed_avg, build_fed_eval, build_fed_sgd
-from tff_fedavg.client_data import write_client_dataset
+from tff_fedavg.client_files import write_client_dataset
 from tff_fedavg.runtime import ComputationError
 
 CLIENTS = [0, 1, 3, 4]  # 7, 1, 20 and 10 examples.

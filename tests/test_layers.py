@@ -12,7 +12,7 @@ from tensorflow.python.keras.layers.recurrent import PeepholeLSTMCell
 
 import tff_fedavg
 from tff_fedavg import models
-from tff_fedavg.client_data import write_client_dataset
+from tff_fedavg.client_files import write_client_dataset
 from tff_fedavg.global_policy import global_policy
 from tff_fedavg.layers import LocalResponseNormalization, MaxPooling, PeepholeLSTM
 from tff_fedavg.masked import MaskedAccuracy

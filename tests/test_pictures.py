@@ -6,7 +6,8 @@ from programs import run_program
 from tasks import pictures
 from tasks.task import Task
 from tff_fedavg import picture
-from tff_fedavg.client_data import ClientDataset, write_client_dataset
+from tff_fedavg.client_data import ClientDataset
+from tff_fedavg.client_files import write_client_dataset
 
 WORDS = ["", "to ", "be ", "or ", "not "]
 

@@ -21,7 +21,7 @@ from test_subrounds import CLIENTS, build, run_rounds
 
 from tff_fedavg import build_client_eval, build_fed_eval, local_worker, remote_workers, runtime
 from tff_fedavg import worker as worker_module
-from tff_fedavg.client_data import write_client_dataset
+from tff_fedavg.client_files import write_client_dataset
 from tff_fedavg.worker import WorkerLostError
 
 

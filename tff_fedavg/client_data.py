@@ -1,19 +1,12 @@
-"""Client files: the local data set P_k of every client, on disk, read in the graph.
+"""Client data: the local data set P_k of every client, on disk, read in the graph.
 
-A `ClientDataset` is a directory of three files, whatever the number of clients:
-
-    examples.bin   the examples of client 0, of client 1, ...; each example has the same size
-    offsets.bin    K + 1 little-endian int64; client k has the examples offsets[k] to offsets[k + 1]
-    manifest.json  features (name, dtype, shape), counts and checksums, also of itself; written last
-
-A federated computation is handed client *ids*, and reads the files where it runs. Passing the examples themselves
-as arguments costs more time than training on them.
+A federated computation is handed client *ids*, and reads the client files (`client_files.py`) where it runs. Passing
+the examples themselves as arguments costs more time than training on them.
 """
 
 import atexit
 import collections
 import contextlib
-import dataclasses
 import hashlib
 import inspect
 import json
@@ -21,34 +14,22 @@ import operator
 import os
 import pathlib
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
-import tqdm
 
-from tff_fedavg import columns
-from tff_fedavg.json_record import read_record, write_record
-from tff_fedavg.regular_file import open_regular
+from tff_fedavg import client_files, columns
 from tff_fedavg.scratch import locked, remove_left, scratch_directory
 from tff_fedavg.traced import TracedFunction, first_error
 
-_FORMAT_VERSION = 2
-_EXAMPLES, _OFFSETS, _MANIFEST = "examples.bin", "offsets.bin", "manifest.json"
-_BYTES_AT_ONCE = 1 << 24  # Of examples in memory, beside what the user has there.
-_PREPARING = ".preparing-"
 _TRIED_EXAMPLES = 100  # At most, when preprocess_fn is tried.
 
 # (x, y) or (x, y, sample_weight); x and y may be nested.
 Batch = tuple[Any, ...]
 PreprocessFn = Callable[[Mapping[str, tf.Tensor], tf.Tensor], Batch | Mapping[str, Any]]
-
-
-class DamagedFilesError(ValueError):
-    """The client files of a directory are missing, or are not what was written."""
 
 
 class ClientDataset:
@@ -82,12 +63,12 @@ class ClientDataset:
             raise columns.wrong_type("directory", directory, "the path of client files")
         _check_preprocess_fn(preprocess_fn)
         self.directory = pathlib.Path(directory).absolute()
-        self.manifest = self.directory / _MANIFEST
+        self.manifest = self.directory / client_files.MANIFEST
         self.preprocess_fn = preprocess_fn
-        manifest = _Manifest.read(self.directory)
+        manifest = client_files.Manifest.read(self.directory)
         self.element_spec = manifest.element_spec
         self.record_bytes = manifest.record_bytes
-        self._offsets = _read_offsets(self.directory, manifest)
+        self._offsets = client_files.read_offsets(self.directory, manifest)
         self.num_examples = np.diff(self._offsets)
         self._preprocess = _trace(preprocess_fn, self.element_spec)
         self._try_preprocess_fn()
@@ -174,12 +155,12 @@ class ClientDataset:
             directory = scratch.enter_context(scratch_directory()) / "client_dataset"
             atexit.register(lambda: os.getpid() == owner and scratch.close())  # A fork leaves them to this process.
         directory = pathlib.Path(directory)
-        are_new = _add_files(directory, clients, num_clients)
+        are_new = client_files.add_files(directory, clients, num_clients)
         try:
             return cls(directory, preprocess_fn)
         except BaseException:
             if are_new:
-                _remove_files(directory)
+                client_files.remove_files(directory)
             raise
 
     @property
@@ -236,14 +217,14 @@ class ClientDataset:
         k = tf.cast(client_id, tf.int64)
         in_range = tf.debugging.Assert((k >= 0) & (k < self.num_clients), ["There is no client", k])
         with tf.control_dependencies([in_range]):
-            begin, end = tf.unstack(self._map(_OFFSETS, tf.int64, [self.num_clients + 1])[k : k + 2], 2)
+            begin, end = tf.unstack(self._map(client_files.OFFSETS, tf.int64, [self.num_clients + 1])[k : k + 2], 2)
         if not self.num_examples.sum():  # There is no mapping an empty file.
             return tf.zeros([0, self.record_bytes], tf.uint8)
-        return self._map(_EXAMPLES, tf.uint8, [self.num_examples.sum(), self.record_bytes])[begin:end]
+        return self._map(client_files.EXAMPLES, tf.uint8, [self.num_examples.sum(), self.record_bytes])[begin:end]
 
     def _try_preprocess_fn(self) -> None:
         """Raises a `ValueError` if preprocess_fn fails, or drops or adds examples: n_k is the number of stored ones."""
-        num = min(_TRIED_EXAMPLES, 1 + _BYTES_AT_ONCE // self.record_bytes, int(self.num_examples.sum()))
+        num = min(_TRIED_EXAMPLES, 1 + client_files.BYTES_AT_ONCE // self.record_bytes, int(self.num_examples.sum()))
         if not num:
             return
         arguments = tf.constant(self.gather(np.arange(num))), tf.range(num), tf.zeros([2], tf.int32)
@@ -271,8 +252,8 @@ class ClientDataset:
         features = collections.OrderedDict()
         column = 0
         for name, spec in self.element_spec.items():
-            content = rows[:, column : column + _num_bytes(spec)]
-            column += _num_bytes(spec)
+            content = rows[:, column : column + client_files.num_bytes(spec)]
+            column += client_files.num_bytes(spec)
             if spec.dtype == tf.bool:
                 content = tf.cast(content, tf.bool)
             elif spec.dtype != tf.uint8:
@@ -291,141 +272,15 @@ class ClientDataset:
           uint8 `[n, record_bytes]`: one example a row, for `batch`.
         """
         shape = (int(self._offsets[-1]), self.record_bytes)
-        return np.memmap(self.directory / _EXAMPLES, np.uint8, "r", shape=shape)[indices]
+        return np.memmap(self.directory / client_files.EXAMPLES, np.uint8, "r", shape=shape)[indices]
 
     def load(self, client_id: int) -> dict[str, np.ndarray]:
         """Returns the stored examples of one client as arrays `[n_k, ...]`, outside any graph."""
         begin, end = self._offsets[client_id : client_id + 2]
         dtype = np.dtype([(name, spec.dtype.as_numpy_dtype, spec.shape) for name, spec in self.element_spec.items()])
-        path = self.directory / _EXAMPLES
+        path = self.directory / client_files.EXAMPLES
         records = np.fromfile(path, dtype, count=end - begin, offset=begin * dtype.itemsize)
         return {name: records[name] for name in self.element_spec}
-
-
-def write_client_dataset(
-    directory: str | os.PathLike[str], clients: Iterable[Mapping[str, Any]], *, num_clients: int | None = None
-) -> None:
-    """Writes client files, which are there as a whole or not at all. Holds one client in memory at a time.
-
-    Args:
-      directory: The directory, made if need be.
-      clients: For client 0, 1, ... a mapping from the names of columns to arrays `[n_k, ...]`, tensors, or lists of
-        numbers (int64 or float64, as NumPy makes them). All clients have the same names, dtypes and trailing shapes;
-        n_k may be 0, and an empty list fits any dtype and shape. A dtype is bool, an integer, float16, bfloat16,
-        float32, float64 or complex.
-      num_clients: Length of `clients`, for the progress bar.
-
-    Raises:
-      TypeError: If a client is not a mapping from strings.
-      ValueError: If there is no client, a column cannot be stored, a client's columns are not those of the clients
-        before it, or the directory has client files.
-    """
-    directory = pathlib.Path(directory)
-    if (directory / _MANIFEST).exists():
-        raise ValueError(
-            f"{directory} has client files: open them with ClientDataset(directory, preprocess_fn), or remove them"
-        )
-    _add_files(directory, clients, num_clients)
-
-
-def _add_files(directory: pathlib.Path, clients: Iterable[Mapping[str, Any]], num_clients: int | None) -> bool:
-    """Writes client files into a directory; returns whether they are new, and not there already.
-
-    Raises:
-      ValueError: As `write_client_dataset`, if the directory has client files of other examples.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    with locked(directory):
-        are_there = (directory / _MANIFEST).exists()
-        for path in (directory / _EXAMPLES, directory / _OFFSETS):
-            if path.exists() and not are_there:
-                raise ValueError(f"{path} is in the way of client files: remove it")
-    where = () if are_there else (directory, _PREPARING)  # Where they are, nothing is written.
-    with scratch_directory(*where) as scratch:
-        _write_files(scratch, clients, num_clients)
-        with locked(directory):
-            if (directory / _MANIFEST).exists():
-                if (directory / _MANIFEST).read_bytes() != (scratch / _MANIFEST).read_bytes():
-                    raise ValueError(f"{directory} has client files of other examples: remove them")
-                return False
-            for name in (_EXAMPLES, _OFFSETS, _MANIFEST):  # Without the manifest the others are none.
-                (scratch / name).replace(directory / name)
-    return True
-
-
-def _write_files(directory: pathlib.Path, clients: Iterable[Mapping[str, Any]], num_clients: int | None) -> None:
-    """Writes the client files into an empty directory."""
-    with open(directory / _EXAMPLES, "wb") as file:
-        # The bar shows only when the work takes longer than `delay` seconds.
-        offsets, features = _write_examples(
-            file,
-            tqdm.tqdm(
-                clients,
-                "preparing client files",
-                num_clients,
-                unit=" clients",
-                delay=2,
-                disable=None,
-            ),
-        )
-    np.asarray(offsets, "<i8").tofile(directory / _OFFSETS)
-    element_spec = collections.OrderedDict(
-        (name, tf.TensorSpec(dtype.shape, dtype.base)) for name, dtype in features.items()
-    )
-    crc32 = {name: _crc32(directory / name) for name in (_EXAMPLES, _OFFSETS)}
-    _Manifest(len(offsets) - 1, offsets[-1], element_spec, crc32).write(directory)
-
-
-def _remove_files(directory: str | os.PathLike[str]) -> None:
-    for name in (_EXAMPLES, _OFFSETS, _MANIFEST):
-        (pathlib.Path(directory) / name).unlink(missing_ok=True)
-
-
-def _write_examples(file: BinaryIO, clients: Iterable[Mapping[str, Any]]) -> tuple[list[int], dict[str, np.dtype]]:
-    """Returns the offsets of the clients, and of each feature the dtype, with the shape in it."""
-    offsets = [0]
-    features: dict[str, np.dtype | None] = {}
-    for k, client in enumerate(clients):
-        arrays = columns.to_arrays(client, f"client {k}")
-        features = features or dict.fromkeys(arrays)
-        if arrays.keys() != features.keys():
-            raise ValueError(
-                f"client {k} has the columns {columns.listed(arrays)}, but those before it have "
-                f"{columns.listed(features)}: all need the same"
-            )
-        for name, array in arrays.items():
-            if array is None:
-                continue
-            dtype = np.dtype((array.dtype.newbyteorder("<"), array.shape[1:]))
-            # Not `in`: NumPy takes None for float64.
-            if features[name] is not None and features[name] != dtype:
-                raise ValueError(
-                    f"client {k}, column {name!r}, has examples of {_description(dtype)}, but those before it have "
-                    f"{_description(features[name])}: all need the same"
-                )
-            features[name] = dtype
-        num_examples = max(0 if array is None else len(array) for array in arrays.values())
-        if num_examples:
-            dtype = np.dtype(list(features.items()))
-            at_once = 1 + _BYTES_AT_ONCE // dtype.itemsize
-            for begin in range(0, num_examples, at_once):
-                records = np.empty(min(at_once, num_examples - begin), dtype)
-                for name, array in arrays.items():
-                    records[name] = array[begin : begin + at_once]
-                file.write(records.tobytes())
-        offsets.append(offsets[-1] + num_examples)
-    if not features:
-        raise ValueError("a client dataset needs at least one client, got none")
-    if unknown := [name for name, dtype in features.items() if dtype is None]:
-        raise ValueError(
-            f"column {unknown[0]!r} is an empty list in every client, which has no dtype: make it, for example, "
-            "np.zeros([0], np.float32)"
-        )
-    return offsets, features
-
-
-def _description(dtype: np.dtype) -> str:
-    return f"{dtype.base.name} {list(dtype.shape)}"
 
 
 def prepare_client_dataset(
@@ -458,26 +313,27 @@ def prepare_client_dataset(
             "the key has no 'checksums' of the files that the data come from, by which other data are told from these: "
             "add them, or take ClientDataset.from_arrays for data in memory"
         )
-    digest = hashlib.sha256(json.dumps({**key, "format": _FORMAT_VERSION}, sort_keys=True).encode()).hexdigest()
+    content = json.dumps({**key, "format": client_files.FORMAT_VERSION}, sort_keys=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()
     cache_dir = pathlib.Path(cache_dir)
     directory = cache_dir / f"{key['name']}-{digest[:16]}"
-    remove_left(cache_dir, _PREPARING)
+    remove_left(cache_dir, client_files.PREPARING)
     if os.path.lexists(directory):
-        with contextlib.suppress(DamagedFilesError):
+        with contextlib.suppress(client_files.DamagedFilesError):
             return ClientDataset(directory, preprocess_fn)
         with locked(cache_dir):
             if os.path.lexists(directory):  # Another program may have found it damaged, too.
                 try:
                     return ClientDataset(directory, preprocess_fn)
-                except DamagedFilesError as e:
+                except client_files.DamagedFilesError as e:
                     print(f"{e}; preparing it anew", file=sys.stderr)
-                    _remove_client_dataset(directory)
+                    client_files.remove_client_dataset(directory)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with scratch_directory(cache_dir, _PREPARING) as scratch:
+        with scratch_directory(cache_dir, client_files.PREPARING) as scratch:
             temporary = scratch / "client_dataset"
             temporary.mkdir()
-            _write_files(temporary, build_clients(), num_clients)
+            client_files.write_files(temporary, build_clients(), num_clients)
             try:
                 temporary.rename(directory)
             except OSError:
@@ -486,15 +342,6 @@ def prepare_client_dataset(
     except OSError as e:
         raise OSError(f"the client files could not be written to {cache_dir}: {e.strerror or e}") from e
     return ClientDataset(directory, preprocess_fn)
-
-
-def _remove_client_dataset(directory: pathlib.Path) -> None:
-    """Removes client files with their directory; what else is there stays."""
-    try:
-        _remove_files(directory)
-        directory.rmdir()
-    except OSError as e:
-        raise ValueError(f"{directory} is in the way of client files: remove it ({e.strerror})") from e
 
 
 def _as_they_are(example: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
@@ -542,96 +389,3 @@ def _trace(preprocess_fn: PreprocessFn, element_spec: Mapping[str, tf.TensorSpec
         (name, tf.TensorSpec([None, *spec.shape], spec.dtype)) for name, spec in element_spec.items()
     )
     return TracedFunction("preprocess_fn", preprocess, [features, tf.TensorSpec([2], tf.int32)])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Manifest:
-    """What manifest.json says of the other two files.
-
-    Attributes:
-      num_clients: K.
-      num_examples: Those of all clients.
-      element_spec: As of the `ClientDataset`.
-      crc32: CRC-32 of the other files, by name.
-    """
-
-    num_clients: int
-    num_examples: int
-    element_spec: Mapping[str, tf.TensorSpec]
-    crc32: Mapping[str, int]
-
-    @property
-    def record_bytes(self) -> int:
-        """Size of one example."""
-        return sum(map(_num_bytes, self.element_spec.values()))
-
-    @classmethod
-    def read(cls, directory: pathlib.Path) -> Self:
-        """Reads it, and holds the other files against it.
-
-        Raises:
-          DamagedFilesError: If it is missing or damaged, or they are.
-        """
-        path = directory / _MANIFEST
-        try:
-            content = read_record(path)
-            if content["format_version"] != _FORMAT_VERSION:
-                raise ValueError(f"{path} has format {content['format_version']}; this version reads {_FORMAT_VERSION}")
-            element_spec = collections.OrderedDict(
-                (f["name"], tf.TensorSpec(f["shape"], f["dtype"])) for f in content["features"]
-            )
-            manifest = cls(content["num_clients"], content["num_examples"], element_spec, content["crc32"])
-            sizes = {
-                _EXAMPLES: manifest.num_examples * manifest.record_bytes,
-                _OFFSETS: (manifest.num_clients + 1) * np.dtype(np.int64).itemsize,
-            }
-        except FileNotFoundError as e:
-            raise DamagedFilesError(f"{directory} has no client files: its {_MANIFEST} is missing") from e
-        except ValueError as e:
-            raise DamagedFilesError(str(e)) from e
-        except (KeyError, TypeError) as e:
-            raise DamagedFilesError(f"{path} is damaged: {e!r}") from e
-        for name, size in sizes.items():
-            try:
-                found = (directory / name).stat().st_size, _crc32(directory / name)
-            except OSError as e:
-                raise DamagedFilesError(f"{directory / name} is damaged: {e.strerror or e}") from e
-            if found != (size, manifest.crc32.get(name)):
-                raise DamagedFilesError(f"{directory / name} is damaged: its size or checksum is not the manifest's")
-        return manifest
-
-    def write(self, directory: pathlib.Path) -> None:
-        """Writes it."""
-        features = [
-            {"name": name, "dtype": spec.dtype.name, "shape": spec.shape.as_list()}
-            for name, spec in self.element_spec.items()
-        ]
-        content = {
-            "format_version": _FORMAT_VERSION,
-            "num_clients": self.num_clients,
-            "num_examples": self.num_examples,
-            "features": features,
-            "crc32": self.crc32,
-        }
-        write_record(directory / _MANIFEST, content)
-
-
-def _read_offsets(directory: pathlib.Path, manifest: _Manifest) -> np.ndarray:
-    """Returns where the examples of each client begin, and the last end: int64 `[K + 1]`."""
-    offsets = np.fromfile(directory / _OFFSETS, "<i8")
-    if offsets[0] != 0 or offsets[-1] != manifest.num_examples or (np.diff(offsets) < 0).any():
-        raise DamagedFilesError(f"{directory / _OFFSETS} is damaged: it does not divide the examples among clients")
-    return offsets
-
-
-def _num_bytes(spec: tf.TensorSpec) -> int:
-    return spec.shape.num_elements() * spec.dtype.size
-
-
-def _crc32(path: pathlib.Path) -> int:
-    """Returns the CRC-32 of a file."""
-    crc32 = 0
-    with open_regular(path) as file:
-        while chunk := file.read(_BYTES_AT_ONCE):
-            crc32 = zlib.crc32(chunk, crc32)
-    return crc32
