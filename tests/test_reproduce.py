@@ -126,6 +126,14 @@ def test_grid_goes_on_in_the_direction_of_the_best_rate_until_that_is_not_at_an_
     assert [run.learning_rate for run in grid.progress(tmp_path)[0]] == [0.0464, 0.1, 0.215, 0.464, 1.0]
 
 
+def test_rates_that_were_run_beyond_the_edge_are_in_the_grid_too(tmp_path):
+    grid = grid_of(CELL, 1)
+    for rate, rounds in {0.0464: 60, 0.1: 50, 0.215: 55, 0.464: 70}.items():
+        record(tmp_path, grid.run(rate), rounds)
+    finished, wanted = grid.progress(tmp_path)
+    assert ([run.learning_rate for run in finished], wanted) == ([0.0464, 0.1, 0.215, 0.464], [])
+
+
 def test_rate_that_diverged_is_a_result_and_the_worst_one(tmp_path):
     grid = grid_of(CELL, 1)
     for rate in (0.1, 0.215):

@@ -87,8 +87,12 @@ class Grid:
             if not wanted and self.extends:
                 # Of equal rates the one nearest to the first: no grid goes on where nothing changes any more.
                 best = min(rates, key=lambda rate: (self.rank(outcomes[rate], rate), abs(math.log(rate / centre))))
-                if best in (rates[0], rates[-1]):
-                    rates = sorted([*rates, _neighbour(best, 2 if best == rates[-1] else -2)])
+                # Those that have been run are in it too, where another centre would not have led there.
+                beyond = {_neighbour(rates[0], -2): rates[0], _neighbour(rates[-1], 2): rates[-1]}
+                was_run = {rate: self._is_done(self.run(rate).outcome(results_dir)) for rate in beyond}
+                more = [rate for rate, edge in beyond.items() if edge == best or was_run[rate]]
+                if more:
+                    rates = sorted([*rates, *more])
                     continue
             wanted.sort(key=lambda rate: rate != centre)  # Against it others are given up.
             return [self.run(rate) for rate in done], [self.run(rate) for rate in wanted]
