@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_federated as tff
 from conftest import NO_SEED, ROOT, identity, read_in_graph
+from test_client_files import GOOD, TEXT
 
 from tff_fedavg import client_files
 from tff_fedavg.client_data import ClientDataset, prepare_client_dataset
@@ -182,7 +183,6 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, client_arrays):
         prepare(tmp_path / "file", client_arrays)
 
 
-TEXT = "which cannot be stored: encode text as integer ids"
 USERS = np.array(["eve", "adam", "eve", "bob", "eve"])
 TABLE = {"x": np.arange(10.0).reshape(5, 2), "y": [1, 2, 3, 4, 5], "user": USERS}
 
@@ -390,7 +390,6 @@ def test_client_data_without_end_are_refused():
         ClientDataset.from_client_data(CLIENT_DATA.preprocess(lambda dataset: dataset.repeat()), pixels_and_label)
 
 
-GOOD = {"x": np.zeros([2, 3], np.float32), "y": np.zeros(2, np.int32)}
 DATASET = tf.data.Dataset.from_tensor_slices(GOOD)
 
 

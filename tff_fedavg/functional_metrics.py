@@ -43,8 +43,17 @@ def metrics_fns(
       TypeError: If a metric is something else.
       ValueError: If TFF cannot make functions of a metric, it is not a number, or its variables are not sums.
     """
-    constructors = _metric_constructors(metrics, loss_fn, output_spec, y_spec, attached_spec)
-    predictions_spec = (output_spec, attached_spec) if any(attached_spec) else output_spec
+    constructors = _constructors(metrics, output_spec, y_spec)
+    # Traced, for what a loss function may capture.
+    mean_loss = TracedFunction(
+        "the loss",
+        lambda output, label, attached: loss_fn(attach(output, attached), label),
+        [output_spec, y_spec, attached_spec],
+    )
+    constructors = {_LOSS_METRIC: functools.partial(_MeanLoss, mean_loss), **constructors}
+    takes_attached = any(attached_spec)
+    constructors = {name: functools.partial(_as_in_keras, each, takes_attached) for name, each in constructors.items()}
+    predictions_spec = (output_spec, attached_spec) if takes_attached else output_spec
 
     def build(constructors):
         fns = tff.learning.metrics.create_functional_metric_fns(constructors)
@@ -112,14 +121,10 @@ def _try_metrics(
             raise ValueError("its variables are not sums over the examples")
 
 
-def _metric_constructors(
-    metrics: Mapping[str, Metric] | Sequence[Metric],
-    loss_fn: Callable[..., tf.Tensor],
-    output_spec: Any,
-    y_spec: Any,
-    attached_spec: Any,
+def _constructors(
+    metrics: Mapping[str, Metric] | Sequence[Metric], output_spec: Any, y_spec: Any
 ) -> dict[str, Callable[[], tf.keras.metrics.Metric]]:
-    """Returns what TFF makes metrics of, by name."""
+    """Returns functions that make the metrics, by name."""
     if isinstance(metrics, Mapping):
         named = {name: _constructor(metric, output_spec, y_spec) for name, metric in metrics.items()}
     else:
@@ -130,14 +135,7 @@ def _metric_constructors(
     for name in named:
         if not _NAME.fullmatch(name):  # TensorFlow's names of operations have it in them.
             raise ValueError(f"a metric has the name {name!r}: give it one of letters, digits and _ in a mapping")
-    # Traced, for what a loss function may capture.
-    mean_loss = TracedFunction(
-        "the loss",
-        lambda output, label, attached: loss_fn(attach(output, attached), label),
-        [output_spec, y_spec, attached_spec],
-    )
-    named = {_LOSS_METRIC: functools.partial(_MeanLoss, mean_loss), **named}
-    return {name: functools.partial(_as_in_keras, each, any(attached_spec)) for name, each in named.items()}
+    return named
 
 
 def _as_in_keras(constructor: Callable[[], tf.keras.metrics.Metric], takes_attached: bool) -> tf.keras.metrics.Metric:
