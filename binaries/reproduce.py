@@ -38,7 +38,7 @@ _ROUNDS = flags.DEFINE(
     Number(SETTINGS["rounds"]),
     "rounds",
     None,
-    "Rounds of a run at most; by default 1.5 times the paper's. More can follow later.",
+    "Rounds of a run at most; by default twice the paper's. More can follow later.",
 )
 _BUDGET_HOURS = flags.DEFINE(
     real(0, 1e6), "budget_hours", None, "Stops after so many hours, to go on with the next call."

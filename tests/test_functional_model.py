@@ -449,6 +449,15 @@ class ShareAbove(tf.keras.metrics.Metric):
         return self.mean
 
 
+class TopOf(tf.keras.metrics.SparseTopKCategoricalAccuracy):
+    def __init__(self, name="top", **kwargs):
+        self.k = kwargs.pop("k", 5)
+        super().__init__(self.k, name, **kwargs)
+
+    def get_config(self):
+        return {"name": self.name}
+
+
 class Vector(tf.keras.metrics.Mean):
     def update_state(self, y_true, y_pred, sample_weight=None):
         return super().update_state(y_pred)
@@ -483,7 +492,8 @@ class Smoothed(Vector):
         ([3], TypeError, "a metric is 3; it must be a Keras metric"),
         (["mse", tf.keras.metrics.MeanSquaredError("mse")], ValueError, "several metrics have the same name"),
         ([ShareAbove(-100.0)], ValueError, "'share' cannot be made anew: get_config of ShareAbove lacks threshold"),
-        (["mse", tf.keras.metrics.R2Score()], ValueError, "TFF can make no function of the metric 'r2_score' "),
+        ([TopOf(k=3)], ValueError, "'top' cannot be made anew: get_config of TopOf lacks k; give a function"),
+        (["mse", tf.keras.metrics.F1Score()], ValueError, "TFF can make no function of the metric 'f1_score' "),
         ({"a": Vector}, ValueError, "TFF can make no function of the metric 'a' .* not a number"),
         ([Largest], ValueError, "of the metric 'share' .*its variables are not sums over the examples.*, from zero"),
         ([Smoothed], ValueError, "of the metric 'mean' .*its variables are not sums over the examples"),
@@ -632,6 +642,17 @@ def test_metrics_of_a_regression_are_those_of_keras(worker, arrays, dataset_of, 
     loss, mae, rmse, mse = model.evaluate(arrays["x"], arrays["value"], verbose=0)
     expected = {"loss": loss, "mae": mae, "root_mean_squared_error": rmse, "mean_squared_error": mse}
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_metrics_that_keras_builds_at_the_first_batch_are_those_of_keras(worker, arrays):
+    metrics = [tf.keras.metrics.R2Score(), tf.keras.metrics.F1Score("micro", threshold=0.5)]
+    model = sequential(units=1)
+    labels = (arrays["value"] > 0).astype(np.float32)
+    found = evaluate(worker, model, "mse", ClientDataset.from_arrays([{"x": arrays["x"], "y": labels}]), metrics)
+    model.compile(loss="mse", metrics=metrics)
+    expected = model.evaluate(arrays["x"], labels, verbose=0)
+    assert list(found.values()) == pytest.approx(expected, rel=1e-5)
+    assert found["f1_score"] > 0
 
 
 @pytest.mark.parametrize(("units", "loss"), [(3, SPARSE), (1, tf.keras.losses.BinaryCrossentropy(from_logits=True))])

@@ -11,6 +11,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import warnings
 
 import numpy as np
 import psutil
@@ -19,7 +20,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 from conftest import own_worker
 
-from tff_fedavg import default_context, local_worker, runtime, worker_process
+from tff_fedavg import build_fed_avg, build_fed_eval, default_context, local_worker, runtime, worker_process
 from tff_fedavg import worker as worker_module
 
 PROGRAM = """
@@ -413,14 +414,29 @@ def test_a_program_that_computes_nothing_ends_without_noise(name):
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_whoever_enters_no_worker_is_told(worker):
-    runtime.check_entered()
-    with tff.framework.get_context_stack().install(default_context.TFFS_OWN):
-        with pytest.warns(UserWarning, match=r"no local_worker\(\) or remote_workers\(\) is entered: TFF's own worker"):
-            runtime.check_entered()
-    with concurrent.futures.ThreadPoolExecutor(1) as other_thread:
-        with pytest.raises(RuntimeError, match="no worker is entered in this thread"):
-            other_thread.submit(runtime.check_entered).result()
+def test_whoever_enters_no_worker_is_told(worker, client_dataset, model):
+    process = build_fed_avg(model, client_dataset, epochs=1, batch_size=5, learning_rate=0.1)
+    evaluate = build_fed_eval(model, client_dataset)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Ahead of TFF's worker, which is not started.
+        state = process.initialize()
+        weights = process.get_model_weights(state)
+        calls = [
+            process.initialize,
+            lambda: process.next(state, [0]),
+            lambda: process.get_model_weights(state),
+            lambda: process.set_model_weights(state, weights),
+            lambda: evaluate(weights, [0]),
+        ]
+        for call in calls:
+            with tff.framework.get_context_stack().install(default_context.TFFS_OWN):
+                with pytest.raises(
+                    UserWarning, match=r"no local_worker\(\) or remote_workers\(\) is entered: TFF's own"
+                ):
+                    call()
+            with concurrent.futures.ThreadPoolExecutor(1) as other_thread:
+                with pytest.raises(RuntimeError, match="no worker is entered in this thread"):
+                    other_thread.submit(call).result()
 
 
 def test_a_kernel_that_does_not_tell_of_memory_that_ran_out_is_no_error(monkeypatch):

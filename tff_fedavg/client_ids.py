@@ -24,28 +24,23 @@ def for_clients_of(client_dataset: ClientDataset, computation: tff.Computation) 
     return _ForClients(client_dataset, computation)
 
 
-class _ForClients(tff.framework.ConcreteComputation):
+class _ForClients(runtime.Computation):
     def __init__(self, client_dataset: ClientDataset, computation: tff.framework.ConcreteComputation):
-        super().__init__(
-            computation_proto=tff.framework.ConcreteComputation.get_proto(computation),
-            context_stack=tff.framework.get_context_stack(),
-            annotated_type=computation.type_signature,
-        )
+        super().__init__(computation)
         self._client_dataset = client_dataset
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         names = [name for name, _ in tff.structure.to_elements(computation.type_signature.parameter)]
         self._signature = inspect.Signature([inspect.Parameter(name, kind) for name in names])
         self._takes_shares = computation.type_signature.parameter[1].member.shape == (None,)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def _compute(self, *args: Any, **kwargs: Any) -> Any:
         server_value, client_ids = self._signature.bind(*args, **kwargs).args
         if not isinstance(client_ids, tff.Value):  # As it is where another computation is made of this one.
             client_ids = self._client_dataset.check_client_ids(client_ids)
             self._check(server_value)
-            runtime.check_entered()
             runtime.require_client_files(self._client_dataset.manifest)
             return self._call(server_value, client_ids)
-        return super().__call__(server_value, client_ids)
+        return super()._compute(server_value, client_ids)
 
     def _check(self, server_value: Any) -> None:
         """Raises a `TypeError` for another kind of value than the server's, where TFF would print all that is in it."""
@@ -74,7 +69,7 @@ class _ForClients(tff.framework.ConcreteComputation):
         if self._takes_shares:
             sizes = self._client_dataset.num_examples[client_ids]
             client_ids = _deal_out(client_ids, sizes, runtime.num_shares(len(client_ids)))
-        return super().__call__(server_value, client_ids)
+        return super()._compute(server_value, client_ids)
 
 
 def _deal_out(client_ids: Sequence[int], sizes: Sequence[int], num_shares: int) -> list[list[int]]:

@@ -24,6 +24,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from tff_fedavg import runtime
 from tff_fedavg.client_data import ClientDataset
 from tff_fedavg.client_ids import for_clients_of
 from tff_fedavg.client_update import (
@@ -305,10 +306,10 @@ def _build_share_work(client_work: Callable, weights_type: tff.types.StructType)
 
 
 class _LearningProcess(tff.learning.templates.LearningProcess):
-    """A learning process that checks the ids of the clients."""
+    """A learning process that checks the ids of the clients, and warns where no worker is entered."""
 
     def __init__(self, client_dataset: ClientDataset, *computations: tff.Computation):
-        super().__init__(*computations)
+        super().__init__(*map(runtime.Computation, computations))
         self._checked_next = for_clients_of(client_dataset, super().next)
 
     @property

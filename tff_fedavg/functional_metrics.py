@@ -52,7 +52,10 @@ def metrics_fns(
     )
     constructors = {_LOSS_METRIC: functools.partial(_MeanLoss, mean_loss), **constructors}
     takes_attached = any(attached_spec)
-    constructors = {name: functools.partial(_as_in_keras, each, takes_attached) for name, each in constructors.items()}
+    constructors = {
+        name: functools.partial(_as_in_keras, constructor, output_spec, y_spec, takes_attached)
+        for name, constructor in constructors.items()
+    }
     predictions_spec = (output_spec, attached_spec) if takes_attached else output_spec
 
     def build(constructors):
@@ -71,7 +74,7 @@ def metrics_fns(
             except Exception as e:
                 raise ValueError(
                     f"TFF can make no function of the metric {name!r} ({first_error(e)}): it has to make its variables "
-                    "in __init__, to add to them in update_state, from zero, and to be one number"
+                    "in __init__ or build, to add to them in update_state, from zero, and to be one number"
                 ) from e
         raise
 
@@ -138,10 +141,14 @@ def _constructors(
     return named
 
 
-def _as_in_keras(constructor: Callable[[], tf.keras.metrics.Metric], takes_attached: bool) -> tf.keras.metrics.Metric:
+def _as_in_keras(
+    constructor: Callable[[], tf.keras.metrics.Metric], output_spec: Any, y_spec: Any, takes_attached: bool
+) -> tf.keras.metrics.Metric:
     """Makes a metric in float32, which may take a pair: the outputs, and what Keras would have attached to them."""
     with global_policy("float32"):
         metric = constructor()
+        if not metric.built:  # As F1Score and R2Score, which have their variables from then on.
+            metric.build(*tf.nest.map_structure(lambda spec: spec.shape, (y_spec, output_spec)))
     if takes_attached:
         update_state = metric.update_state
         while hasattr(update_state, "__original_wrapped__"):  # As TFF does.
@@ -200,13 +207,13 @@ def _constructor(metric: Metric, output_spec: Any, y_spec: Any) -> Callable[[], 
         metric = found
     if isinstance(metric, tf.keras.metrics.Metric):
         config = metric.get_config()
-        lost = [] if is_of_keras(metric) else [name for name in _parameters(type(metric)) if name not in config]
+        lost = [] if is_of_keras(metric) else _lost(metric, config)
         if lost:
             raise ValueError(
                 f"the metric {metric.name!r} cannot be made anew: get_config of {type(metric).__name__} lacks "
                 f"{', '.join(lost)}; give a function that makes it"
             )
-        return lambda: type(metric).from_config(dict(config))  # Some take what they need out of it.
+        return functools.partial(_from_config, metric, config)
     if isinstance(metric, tf.keras.losses.Loss):
         return functools.partial(tf.keras.metrics.MeanMetricWrapper, metric.call, name=metric.name)
     if not callable(metric):
@@ -216,6 +223,19 @@ def _constructor(metric: Metric, output_spec: Any, y_spec: Any) -> Callable[[], 
         name = getattr(metric, "__name__", type(metric).__name__)
         return functools.partial(wrapper, _for_each_example(metric), name=name)
     return metric
+
+
+def _from_config(metric: tf.keras.metrics.Metric, config: Mapping[str, Any]) -> tf.keras.metrics.Metric:
+    return type(metric).from_config(dict(config))  # Some take what they need out of it.
+
+
+def _lost(metric: tf.keras.metrics.Metric, config: Mapping[str, Any]) -> list[str]:
+    """Returns what another metric made from the config would lack: arguments by name, and attributes that are plain."""
+    if lost := [name for name in _parameters(type(metric)) if name not in config]:
+        return lost
+    attributes = vars(_from_config(metric, config))
+    plain = {name: value for name, value in vars(metric).items() if isinstance(value, (bool, int, float, str))}
+    return [name for name, value in plain.items() if value != attributes.get(name)]
 
 
 def _for_each_example(fn: Callable[[Any, Any], tf.Tensor]) -> Callable[[Any, Any], tf.Tensor]:

@@ -105,21 +105,34 @@ def num_shares(num_clients: int) -> int:
     return _num_shares(num_clients, len(os.sched_getaffinity(0)))
 
 
-def check_entered() -> None:
-    """Warns if no worker of this module has been entered, and TFF's own computes.
+class Computation(tff.framework.ConcreteComputation):
+    """A computation of TFF's that warns if no worker of this module has been entered, and TFF's own computes.
 
     Raises:
-      RuntimeError: If there is none either, as in another thread.
+      RuntimeError: When it is called, if there is none either, as in another thread.
     """
-    context = tff.framework.get_context_stack().current
-    if context is default_context.TFFS_OWN:
-        warnings.warn(
-            "no local_worker() or remote_workers() is entered: TFF's own worker computes, which takes longer, and "
-            "whoever reaches this machine can reach it",
-            stacklevel=3,
+
+    def __init__(self, computation: tff.framework.ConcreteComputation):
+        super().__init__(
+            computation_proto=tff.framework.ConcreteComputation.get_proto(computation),
+            context_stack=tff.framework.get_context_stack(),
+            annotated_type=computation.type_signature,
         )
-    elif type(context).__name__ == "RuntimeErrorContext":
-        raise RuntimeError("no worker is entered in this thread: enter local_worker() or remote_workers() in it")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        context = tff.framework.get_context_stack().current
+        if context is default_context.TFFS_OWN:
+            warnings.warn(
+                "no local_worker() or remote_workers() is entered: TFF's own worker computes, which takes longer, and "
+                "whoever reaches this machine can reach it",
+                stacklevel=2,
+            )
+        elif type(context).__name__ == "RuntimeErrorContext":
+            raise RuntimeError("no worker is entered in this thread: enter local_worker() or remote_workers() in it")
+        return self._compute(*args, **kwargs)
+
+    def _compute(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
 
 
 def require_client_files(manifest: pathlib.Path) -> None:

@@ -28,7 +28,7 @@ class Claim(enum.Enum):
     DIGITS = "Of digits FedAvg saves more rounds on IID data", "Tables 2, 4"
     PLAYS = "Of plays it saves more by role", "Table 2"
     ROLES = "By role FedAvg takes fewer rounds than on IID lines of the same plays", "Table 2"
-    ORDER = "E and B for which the paper's others take a quarter more rounds, or beyond, take fewer, too", "Tables 2, 4"
+    ORDER = "Of two E and B whose rounds differ by a quarter or more in the paper the same takes fewer", "Tables 2, 4"
 
 
 # Whether a comparison comes out as the claim says, by what is compared.
