@@ -35,6 +35,7 @@ _QUICK = flags.DEFINE_bool("quick", False, "Few workers and short sleeps: only s
 _REPEATS = 2
 _WEIGHTS = {"2NN": 199_210, "CNN": 1_663_370}
 _SLEEPERS, _SECONDS = 64, 0.25
+_SUBROUNDS = 4  # Of each worker.
 _CNN_CLIENTS, _CNN_EPOCHS = 40, 20  # Of 40 digits.
 
 
@@ -96,9 +97,11 @@ def _stopped_half_of_the_time(pid: int) -> Iterator[None]:
 
     thread = threading.Thread(target=alternate)
     thread.start()
-    yield
-    end.set()
-    thread.join()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
 
 
 def _build_sleepers(size: int) -> Any:
@@ -134,9 +137,9 @@ def _measure_training() -> list[tuple]:
     )
     rows = []
     measured = {
-        "train": (1, False, 4),
-        "train ": (2, False, 4),
-        "train, one at half speed": (2, True, 4),
+        "train": (1, False, _SUBROUNDS),
+        "train ": (2, False, _SUBROUNDS),
+        "train, one at half speed": (2, True, _SUBROUNDS),
         "train, one at half speed, one subround each": (2, True, 1),
     }
     for name, (number, half_time, subrounds) in measured.items():
@@ -162,7 +165,7 @@ def _subrounds(number: int) -> int:
     """Returns the number of subrounds of the sleepers, as the runtime cuts them."""
     if number == 1:
         return 0
-    return number * max(1, min(4, _SLEEPERS // (len(os.sched_getaffinity(0)) * number)))
+    return number * max(1, min(_SUBROUNDS, _SLEEPERS // (len(os.sched_getaffinity(0)) * number)))
 
 
 def _moved_bytes(name: str, number: int) -> int:

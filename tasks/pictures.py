@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -33,9 +34,9 @@ def summary(task: Task) -> str:
 def kinds(task: Task) -> dict[str, Callable[[Task], Figure]]:
     """Returns, by name, those of the functions below that can draw this task."""
     drawn = {"examples_per_client": examples_per_client}
-    if task.label_names is not None:
+    x, y, *_ = task.train.batch_spec
+    if task.label_names is not None and isinstance(y, tf.TensorSpec):
         drawn["labels_per_client"] = labels_per_client
-        x, y, *_ = task.train.batch_spec
         if y.shape.rank == 2 or (isinstance(x, tf.TensorSpec) and x.shape.rank in (3, 4)):
             drawn["clients"] = clients
     return drawn
@@ -96,7 +97,7 @@ def clients(task: Task) -> Figure:
         x, y = _examples(task, k)
         if are_images:
             axes.set_title(title, fontsize="small")
-            axes.imshow(_mosaic(x[:_IMAGES_PER_CLIENT]), cmap="gray_r", interpolation="nearest")
+            axes.imshow(_mosaic(x[:_IMAGES_PER_CLIENT].numpy()), cmap="gray_r", interpolation="nearest")
         else:
             axes.set_title(title, fontsize="medium", loc="left")
             names = task.label_names()
@@ -116,11 +117,11 @@ def _spread(num_clients: int, most: int) -> list[int]:
     return sorted(set(np.linspace(0, num_clients - 1, most).round().astype(int).tolist()))
 
 
-def _examples(task: Task, client_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the `(x, y)` that the model gets of a client."""
+def _examples(task: Task, client_id: int) -> tuple[Any, np.ndarray]:
+    """Returns the `(x, y)` that the model gets of a client; x may be any nest of tensors."""
     records = task.train.read(tf.constant(client_id))
     x, y, *_ = task.train.batch(records, tf.range(tf.shape(records)[0]), tf.zeros([2], tf.int64))
-    return x.numpy(), y.numpy()
+    return x, y.numpy()
 
 
 def _labels(task: Task, client_id: int) -> np.ndarray:

@@ -379,7 +379,19 @@ def absolute_in_python(x):
             r"\(BatchNormalization\) changes",
         ),
         (
+            lambda: sequential(
+                layers.Reshape([2, 2]), layers.TimeDistributed(layers.BatchNormalization()), layers.Flatten()
+            ),
+            r"\(BatchNormalization\) changes",
+        ),
+        (
             lambda: sequential(layers.Dense(4, dtype="mixed_float16"), layers.Activation("linear")),
+            "has the policy mixed_float16",
+        ),
+        (
+            lambda: sequential(
+                layers.Reshape([2, 2]), layers.TimeDistributed(layers.Dense(2, dtype="mixed_float16")), layers.Flatten()
+            ),
             "has the policy mixed_float16",
         ),
         (lambda: sequential(layers.Dense(4), layers.Lambda(absolute_in_python)), "calls Python"),
@@ -458,6 +470,13 @@ class TopOf(tf.keras.metrics.SparseTopKCategoricalAccuracy):
         return {"name": self.name}
 
 
+class Inherits(tf.keras.metrics.Mean):
+    """Its get_config has a dtype, which __init__ does not take."""
+
+    def __init__(self, name):
+        super().__init__(name)
+
+
 class Vector(tf.keras.metrics.Mean):
     def update_state(self, y_true, y_pred, sample_weight=None):
         return super().update_state(y_pred)
@@ -493,6 +512,7 @@ class Smoothed(Vector):
         (["mse", tf.keras.metrics.MeanSquaredError("mse")], ValueError, "several metrics have the same name"),
         ([ShareAbove(-100.0)], ValueError, "'share' cannot be made anew: get_config of ShareAbove lacks threshold"),
         ([TopOf(k=3)], ValueError, "'top' cannot be made anew: get_config of TopOf lacks k; give a function"),
+        ([Inherits("mine")], ValueError, "'mine' cannot be made anew .*: give a function that makes it"),
         (["mse", tf.keras.metrics.F1Score()], ValueError, "TFF can make no function of the metric 'f1_score' "),
         ({"a": Vector}, ValueError, "TFF can make no function of the metric 'a' .* not a number"),
         ([Largest], ValueError, "of the metric 'share' .*its variables are not sums over the examples.*, from zero"),
@@ -644,7 +664,21 @@ def test_metrics_of_a_regression_are_those_of_keras(worker, arrays, dataset_of, 
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_metric_of_ones_own_that_keras_has_used_is_taken(worker, arrays):
+    class OwnScore(tf.keras.metrics.F1Score):
+        pass
+
+    labels = (arrays["value"] > 0).astype(np.float32)
+    metrics = [OwnScore("micro", threshold=0.5)]
+    model = sequential(units=1)
+    model.compile(loss="mse", metrics=metrics)
+    expected = model.evaluate(arrays["x"], labels, verbose=0)
+    found = evaluate(worker, model, "mse", ClientDataset.from_arrays([{"x": arrays["x"], "y": labels}]), metrics)
+    assert list(found.values()) == pytest.approx(expected, rel=1e-5)
+
+
 def test_metrics_that_keras_builds_at_the_first_batch_are_those_of_keras(worker, arrays):
+    tf.keras.utils.set_random_seed(2)
     metrics = [tf.keras.metrics.R2Score(), tf.keras.metrics.F1Score("micro", threshold=0.5)]
     model = sequential(units=1)
     labels = (arrays["value"] > 0).astype(np.float32)

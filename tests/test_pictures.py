@@ -58,6 +58,16 @@ def test_label_shares_are_those_of_the_clients(image_task):
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["zero", "one", "two", "three"]
 
 
+def test_what_has_several_inputs_is_drawn_by_its_labels_and_several_labels_by_their_number(tmp_path):
+    arrays = [{"x": np.zeros([n, 4, 5], np.float32), "y": np.zeros(n, np.uint8)} for n in (3, 2)]
+    inputs = build_task(tmp_path / "x", arrays, lambda e, seed: ({"a": e["x"], "b": e["x"]}, e["y"]), ["zero", "one"])
+    assert set(pictures.kinds(inputs)) == {"examples_per_client", "labels_per_client"}
+    (image,) = pictures.labels_per_client(inputs).axes[0].images
+    np.testing.assert_allclose(image.get_array(), [[1, 0], [1, 0]])
+    labels = build_task(tmp_path / "y", arrays, lambda e, seed: (e["x"], {"a": e["y"], "b": e["y"]}), ["zero"])
+    assert set(pictures.kinds(labels)) == {"examples_per_client"}
+
+
 def test_padding_is_no_label(text_task):
     axes = pictures.labels_per_client(text_task).axes[0]
     shares = axes.images[0].get_array()

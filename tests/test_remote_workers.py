@@ -1,5 +1,6 @@
 """Rounds in several workers: the same as in one, whatever happens to them. With real processes."""
 
+import asyncio
 import contextlib
 import shutil
 import signal
@@ -113,6 +114,16 @@ def test_evaluations_in_two_workers_are_those_of_one(worker, addresses, model, c
     with remote_workers(addresses):
         assert fed_eval(weights, CLIENTS) == pytest.approx(expected, rel=1e-6)
         assert client_eval(weights, CLIENTS) == expected_of_each
+
+
+def test_remote_workers_are_entered_in_a_running_event_loop_as_in_a_notebook(addresses, model, client_dataset):
+    weights = tff.learning.models.ModelWeights(*model.initial_weights)
+
+    async def cell():
+        with remote_workers(addresses):
+            return build_fed_eval(model, client_dataset)(weights, CLIENTS)
+
+    assert asyncio.run(cell())["loss"] > 0
 
 
 def test_workers_work_at_the_same_time(addresses):
@@ -262,6 +273,40 @@ def test_a_worker_that_comes_back_while_files_are_required_is_used_with_all_of_t
         workers.require(paths[1])
         assert result.result(timeout=5) == 7
         assert worker.has_read[-1] == paths[1]
+
+
+def test_files_are_required_of_the_others_where_a_worker_is_gone(tmp_path):
+    path = tmp_path / "train"
+    path.write_text("files")
+    gone, other = FakeWorker("gone", losses=1, is_back=False), FakeWorker("other", losses=0)
+
+    def read_text(path):
+        raise ValueError("Channel closed!")
+
+    gone.read_text = read_text
+    with contextlib.closing(runtime._Queue([gone, other], timeout=5)) as workers:
+        workers.require(path)
+        assert other.has_read == [path]
+        assert [workers.submit(None, None).result(timeout=5) for _ in range(2)] == [7, 7]
+
+
+def test_files_whose_check_was_interrupted_are_checked_again(tmp_path):
+    path = tmp_path / "train"
+    path.write_text("files")
+    worker = FakeWorker("worker", losses=0)
+    answers = iter([KeyboardInterrupt(), "other files"])
+
+    def read_text(path):
+        if isinstance(answer := next(answers), BaseException):
+            raise answer
+        return answer
+
+    worker.read_text = read_text
+    with contextlib.closing(runtime._Queue([worker], timeout=5)) as workers:
+        with pytest.raises(KeyboardInterrupt):
+            workers.require(path)
+        with pytest.raises(ValueError, match="^worker has other client files in"):
+            workers.require(path)
 
 
 def test_an_end_while_all_are_lost_ends_all_threads(monkeypatch):

@@ -180,6 +180,7 @@ def test_seconds_left_follow_the_clients_the_local_epochs_and_what_was_run(tmp_p
     stop(tmp_path, other.run(0.1), 40)
     stop(tmp_path, other.run(0.215), 110)
     assert left(other) == pytest.approx((100 + 60 + 90) * 0.02 * 2, rel=0.01)
+    assert left(plan.limit(grid, 30)) == pytest.approx(2 * 30 * 0.02, rel=0.01)  # All of them, which are few.
     assert grid.run(0.1).last_round(tmp_path) == 0  # As in a clone: without a state it would begin anew.
 
 

@@ -34,7 +34,7 @@ def build_fed_eval(
 
     Raises:
       TypeError: If an argument has another type.
-      ValueError: If there are no examples.
+      ValueError: If batch_size is out of range, there are no examples, or the model does not take them.
     """
     weights_type, client_metrics = _client_metrics(model, client_dataset, batch_size)
 
@@ -62,7 +62,7 @@ def build_client_eval(
 
     Raises:
       TypeError: If an argument has another type.
-      ValueError: If there are no examples.
+      ValueError: If batch_size is out of range, there are no examples, or the model does not take them.
     """
     weights_type, client_metrics = _client_metrics(model, client_dataset, batch_size)
     finalize = tff.tensorflow.computation(model.finalize_metrics, client_metrics.type_signature.result)

@@ -95,7 +95,7 @@ def build_fed_avg(
         raise TypeError(f"proximal_strength (mu) is {proximal_strength!r}; it must be a number")
     if not 0 <= proximal_strength < np.inf:
         raise ValueError(f"proximal_strength (mu) is {proximal_strength}; it must be a number from 0 on")
-    check_optimizer("client_optimizer", client_optimizer)
+    _check_optimizer("client_optimizer", client_optimizer)
     if learning_rate is not None or client_optimizer is None:
         learning_rate = traced_learning_rate(learning_rate)
 
@@ -149,6 +149,7 @@ def build_fed_sgd(
       TypeError: As `build_fed_avg`.
       ValueError: As `build_fed_avg`.
     """
+    check_model_and_data(model, client_dataset)
     learning_rate = traced_learning_rate(learning_rate)
 
     def client_fn(weights, num_examples, batch_fn, round_number, seed):
@@ -171,8 +172,7 @@ def _build_learning_process(
     aggregator: Factory | None,
 ) -> tff.learning.templates.LearningProcess:
     """Builds the round that the module's docstring shows; `client_fn` computes d_k and the loss sum."""
-    check_model_and_data(model, client_dataset)
-    check_optimizer("server_optimizer", server_optimizer)
+    _check_optimizer("server_optimizer", server_optimizer)
     if not isinstance(client_weighting, ClientWeighting):
         raise TypeError(f"client_weighting is {client_weighting!r}; it must be a tff.learning.ClientWeighting")
 
@@ -394,7 +394,7 @@ def check_model_and_data(
         )
 
 
-def check_optimizer(name: str, optimizer: Optimizer | None) -> None:
+def _check_optimizer(name: str, optimizer: Optimizer | None) -> None:
     """Raises a `TypeError` for what is no optimizer of TFF."""
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise TypeError(

@@ -233,9 +233,16 @@ def _lost(metric: tf.keras.metrics.Metric, config: Mapping[str, Any]) -> list[st
     """Returns what another metric made from the config would lack: arguments by name, and attributes that are plain."""
     if lost := [name for name in _parameters(type(metric)) if name not in config]:
         return lost
-    attributes = vars(_from_config(metric, config))
+    try:
+        attributes = vars(_from_config(metric, config))
+    except Exception as e:  # Of any kind: it may be somebody else's code.
+        raise ValueError(
+            f"the metric {metric.name!r} cannot be made anew ({first_error(e)}): give a function that makes it"
+        ) from e
     plain = {name: value for name, value in vars(metric).items() if isinstance(value, (bool, int, float, str))}
-    return [name for name, value in plain.items() if value != attributes.get(name)]
+    of_keras = vars(tf.keras.metrics.Mean())  # What it notes in each, such as whether it is built.
+    differs = (name for name, value in plain.items() if repr(value) != repr(attributes.get(name)))  # NaN is NaN here.
+    return [name for name in differs if name not in of_keras]
 
 
 def _for_each_example(fn: Callable[[Any, Any], tf.Tensor]) -> Callable[[Any, Any], tf.Tensor]:

@@ -4,7 +4,7 @@ TFF's own `functional_model_from_keras` builds the model anew in each of TFF's g
 layers add, and draws other random numbers in each run. Here the model is traced as `tf.keras.Model.fit` traces it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -193,18 +193,16 @@ def _check_loss(loss: Loss, output_spec: Any) -> None:
         )
 
 
-def _layers(layer: tf.keras.layers.Layer) -> Iterator[tf.keras.layers.Layer]:
-    """Yields the layers of a model or a layer, at any depth."""
-    for inner in getattr(layer, "layers", ()):
-        yield inner
-        yield from _layers(inner)
+def _layers(keras_model: tf.keras.Model) -> list[tf.keras.layers.Layer]:
+    """Returns the layers of a model at any depth, outer before inner ones."""
+    return list(keras_model._flatten_layers(include_self=False))  # `submodules` fails where one has recurrent dropout.
 
 
 def _changed_in_training(keras_model: tf.keras.Model, error: ChangedVariableError) -> str:
     owners = [layer for layer in _layers(keras_model) if any(v is error.variable for v in layer.weights)]
     if not owners:
         return f"{error} in training; FedAvg averages trained weights only"
-    layer = min(owners, key=lambda layer: len(layer.weights))
+    layer = min(reversed(owners), key=lambda layer: len(layer.weights))
     return (
         f"layer {layer.name!r} ({type(layer).__name__}) changes {error.variable.name} in training, and FedAvg averages "
         "trained weights only: take GroupNormalization or LayerNormalization for BatchNormalization, or trainable=False"

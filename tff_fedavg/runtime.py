@@ -15,13 +15,14 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grpc
 import tensorflow_federated as tff
 
 from tff_fedavg import default_context, subrounds
+from tff_fedavg.integer import as_integer
 from tff_fedavg.worker import ComputationError, LocalWorker, RemoteWorker, Worker, WorkerLostError
 from tff_fedavg.worker_process import check_address, tell
 
@@ -33,6 +34,7 @@ _MAX_LOSSES_PER_COMPUTATION = 3
 _UNREACHED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 # Slow and fast workers even out where each gets several shares of a round, if those are not too small.
 _SUBROUNDS_PER_WORKER = 4
+_GONE = "cannot be reached any more"
 _CLIENTS_PER_SHARE = 4
 
 
@@ -51,6 +53,8 @@ def local_worker(*, confined: bool | None = None, clients_per_subround: int | No
         them up. By default as many as take about a gigabyte.
 
     Raises:
+      TypeError: If clients_per_subround is no integer.
+      ValueError: If it is less than 1.
       RuntimeError: If the worker does not start, or the kernel does not let it be confined where that is asked for.
         From a computation, if it died or hung, and did so again when the computation was repeated.
       ComputationError: From a computation that TensorFlow could not run. The worker stays usable.
@@ -77,8 +81,9 @@ def remote_workers(
       clients_per_subround: As for `local_worker`.
 
     Raises:
-      ValueError: If an address is none, or one is given twice. From a computation, if a worker has other client files
-        than this program.
+      TypeError: If clients_per_subround is no integer.
+      ValueError: If it is less than 1, an address is none, or one is given twice. From a computation, if a worker has
+        other client files than this program.
       RuntimeError: If a worker cannot be reached. From a computation, if none could be for so long.
       ComputationError: As from `local_worker`.
     """
@@ -151,8 +156,8 @@ def require_client_files(manifest: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _run_in(workers: Sequence[Worker], clients_per_subround: int | None, timeout: float) -> Iterator[None]:
-    if clients_per_subround is not None and clients_per_subround < 1:
-        raise ValueError(f"clients_per_subround is {clients_per_subround}; it must be at least 1")
+    if clients_per_subround is not None:
+        clients_per_subround = as_integer("clients_per_subround", clients_per_subround)
     with contextlib.closing(_Context(workers, clients_per_subround, timeout)) as context:
         with tff.framework.get_context_stack().install(context):
             yield
@@ -262,12 +267,13 @@ class _Queue:
         """Makes sure that a text file is the same for all workers, now and when one comes back."""
         if path in self._required or isinstance(self._workers[0], LocalWorker):
             return
+        required = {path: path.read_text()}
         with self._lock:
-            self._required[path] = path.read_text()
             for worker in self._workers:
-                if worker not in self._lost and (reason := self._lacks(worker)):
-                    del self._required[path]
+                reason = "" if worker in self._lost else _lacks(worker, required)
+                if reason not in ("", _GONE):  # The next computation notices who is gone.
                     raise ValueError(f"{worker.name} {reason}")
+            self._required |= required
 
     def close(self) -> None:
         self._closed.set()
@@ -302,7 +308,7 @@ class _Queue:
         while not self._closed.wait(_SECONDS_BETWEEN_TRIES):
             if worker.reach():
                 with self._lock:
-                    lacks = self._lacks(worker)
+                    lacks = _lacks(worker, self._required)
                     if not lacks:
                         del self._lost[worker]
                 if not lacks:
@@ -322,15 +328,16 @@ class _Queue:
             while (job := self._jobs.get_nowait()) is not _END:  # That is this thread's own: it ends by `_closed`.
                 job.result.set_exception(RuntimeError(f"no worker could be reached for {self._timeout:g} s"))
 
-    def _lacks(self, worker: Worker) -> str:
-        """Returns which of the required files the worker has not, in words; empty if it has them all."""
-        for path, text in self._required.items():
-            try:
-                found = worker.read_text(path)
-            except (grpc.RpcError, ValueError) as e:
-                if isinstance(e, ValueError) or e.code() in _UNREACHED:
-                    return "cannot be reached any more"
-                return f"has no client files in {path.parent}: copy them there"
-            if found.splitlines() != text.splitlines():
-                return f"has other client files in {path.parent} than this program: copy them there"
-        return ""
+
+def _lacks(worker: Worker, required: Mapping[pathlib.Path, str]) -> str:
+    """Returns which of the required files, by path, the worker has not, in words; empty if it has them all."""
+    for path, text in required.items():
+        try:
+            found = worker.read_text(path)
+        except (grpc.RpcError, ValueError) as e:
+            if isinstance(e, ValueError) or e.code() in _UNREACHED:
+                return _GONE
+            return f"has no client files in {path.parent}: copy them there"
+        if found.splitlines() != text.splitlines():
+            return f"has other client files in {path.parent} than this program: copy them there"
+    return ""

@@ -116,7 +116,7 @@ class Worker:
             return future.result()
         except grpc.RpcError as e:
             # What follows is the names of nodes, and all of it once more.
-            message = e.details().splitlines()[0].removeprefix("Failed to run computation: ")
+            message = (e.details() or e.code().name).splitlines()[0].removeprefix("Failed to run computation: ")
             raise ComputationError(message) from None
 
     def read_text(self, path: str | os.PathLike[str]) -> str:
@@ -126,7 +126,9 @@ class Worker:
           grpc.RpcError: If there is none, or the worker does not answer.
           ValueError: If the worker was closed.
         """
-        return asyncio.run(_read(self._reading_stub, os.fspath(path)))
+        # In a thread, as above.
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            return thread.submit(asyncio.run, _read(self._reading_stub, os.fspath(path))).result()
 
     def give_up(self) -> None:
         """Ends what it computes, which nobody waits for any more, if it is one of this program. It stays usable."""

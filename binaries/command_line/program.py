@@ -77,7 +77,7 @@ def run(name: str, main: Callable[..., None], *, takes: str | None = None) -> No
         signals.release()
     finally:
         if "tensorflow_federated" in sys.modules:
-            import tff_fedavg.runtime  # noqa: F401  It keeps TFF from printing an error at the exit.
+            import tff_fedavg.default_context  # noqa: F401  It keeps TFF from printing an error at the exit.
         gc.freeze()  # Python's last collections would take a second or two on what TensorFlow has imported.
 
 

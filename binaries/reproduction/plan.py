@@ -325,8 +325,8 @@ def seconds_left(
 ) -> float | None:
     """Returns how long the runs that a grid wants, which go on from these rounds, take on one core; None if not known.
 
-    A run is expected to take the paper's rounds; beyond them, all that it may. A round takes what it took in other runs
-    of the cell; else of a cell with the same task and B, in proportion to E and to the clients of a round.
+    A run is expected to take about the paper's rounds; beyond them, all that it may. A round takes what it took in
+    other runs of the cell; else of a cell with the same task and B, in proportion to E and to the clients of a round.
     """
     if not last_rounds:
         return 0.0
@@ -341,7 +341,7 @@ def seconds_left(
     ]
     if not seconds:
         return None
-    expected = grid.rounds if grid.target is None else grid.rounds / _CAP
+    expected = grid.rounds if grid.target is None else min(grid.rounds, _table_grid(grid.cell).rounds / _CAP)
     return statistics.median(seconds) * sum((expected if n < expected else grid.rounds) - n for n in last_rounds)
 
 
