@@ -37,6 +37,14 @@ def check_file(name: str) -> None:
         raise ValueError(f"task={name}: there is no file {file[1]}")
 
 
+def checksum(name: str) -> str | None:
+    """Returns SHA-256 of the file that a task of one's own, which has been built, is in; None of another task."""
+    if not is_own(name):
+        return None
+    file = _FILE_AND_FUNCTION.fullmatch(name)
+    return sha256(pathlib.Path(file[1]).expanduser() if file else sys.modules[name.partition(":")[0]].__file__)
+
+
 def build(name: str, arguments: Mapping[str, Any], given: Collection[str]) -> "Task":
     """Builds a task with the function of this name.
 

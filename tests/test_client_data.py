@@ -15,9 +15,10 @@ import tensorflow_federated as tff
 from conftest import NO_SEED, ROOT, identity, read_in_graph
 from test_client_files import GOOD, TEXT
 
-from tff_fedavg import client_files
+from tff_fedavg import build_fed_avg, client_files, functional_model_from_keras
 from tff_fedavg.client_data import ClientDataset, prepare_client_dataset
 from tff_fedavg.client_files import write_client_dataset
+from tff_fedavg.runtime import ComputationError
 from tff_fedavg.scratch import scratch_directory
 
 
@@ -99,6 +100,30 @@ def test_a_preprocess_fn_that_drops_or_adds_examples_or_fails_with_them_is_refus
     with pytest.raises(ValueError, match=f"^preprocess_fn {message}") as error:
         ClientDataset(tmp_path, preprocess_fn)
     assert "\n" not in str(error.value)
+
+
+def test_a_preprocess_fn_that_drops_examples_further_on_fails_with_the_client(worker):
+    """What is tried are the first ones, of which it drops none."""
+    x, y = np.zeros([60, 4], np.float32), np.zeros(60, np.int32)
+    kept = np.arange(60) < 58
+    arrays = [{"x": x, "y": y, "kept": np.ones(60, bool)}] * 2 + [{"x": x, "y": y, "kept": kept}]
+    dataset = ClientDataset.from_arrays(arrays, lambda e: (e["x"][e["kept"]], e["y"][e["kept"]]))
+    assert dataset._makes_one_of_each is False
+    process = build_fed_avg(
+        functional_model_from_keras(
+            tf.keras.Sequential([tf.keras.layers.InputLayer([4]), tf.keras.layers.Dense(3)]),
+            tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            dataset.batch_spec,
+        ),
+        dataset,
+        epochs=1,
+        batch_size=20,
+        learning_rate=0.1,
+    )
+    state = process.initialize()
+    assert process.next(state, [0, 1]).metrics["client_work"]["train"]["num_examples"] == 120
+    with pytest.raises(ComputationError, match="^client 2 of .*preprocess_fn must make one example of each, and drops"):
+        process.next(state, [0, 1, 2])
 
 
 def test_many_data_sets_are_opened_without_a_warning_of_tensorflow(tmp_path, client_arrays, monkeypatch):
@@ -373,7 +398,10 @@ def test_client_data_in_a_database_are_read_once_they_are_parsed(tmp_path):
         (lambda e: (e, e["label"]), "client_data has elements .*: map them"),
         (lambda e: (1, 2, 3, 4), "client_data has elements .*: map them"),
         (lambda e: {"x": tf.RaggedTensor.from_row_lengths(e["pixels"], [2])}, "client_data has elements .*: map them"),
-        (lambda e: {"x": tf.range(e["label"])}, "^the examples of client 'b' cannot be put together: Cannot "),
+        (
+            lambda e: {"x": tf.range(e["label"])},
+            "^the examples of client 'b' cannot be put together: Cannot .* If they are batches, leave out batch$",
+        ),
         (lambda e: {"x": tf.as_string(e["label"])}, f"^client 0, column 'x', .*{TEXT}"),
     ],
 )

@@ -264,11 +264,26 @@ def test_weights_go_to_any_keras_model_and_come_back(build):
         variables = [v for v in getattr(original, name) if isinstance(v, tf.Variable)]
         for variable, value in zip(variables, values, strict=True):
             variable.assign(value)
+    if build is normalized:
+        original.layers[0].finalize_state()  # As Keras does where it loads weights.
     x = np.random.default_rng(0).normal(size=[5, 4]).astype(np.float32)
     np.testing.assert_array_equal(exported.predict(x, verbose=0), original.predict(x, verbose=0))
     again = functional(exported, tf.TensorSpec([None, 4])).initial_weights
     for part, expected in zip(again, weights):
         assert max_difference([0, *part], [0, *expected]) == 0
+
+
+def test_a_function_builds_a_normalization_that_has_not_been_adapted(worker):
+    def build():
+        return tf.keras.Sequential([tf.keras.layers.InputLayer([4]), tf.keras.layers.Normalization()])
+
+    x = np.random.default_rng(0).normal(3, 2, size=[50, 4]).astype(np.float32)
+    adapted = build()
+    adapted.layers[0].adapt(x)
+    variables = tff.learning.models.ModelWeights([], [v.numpy() for v in adapted.non_trainable_variables])
+    exported = tff_fedavg.keras_model(build, variables)
+    np.testing.assert_array_equal(exported.predict(x, verbose=0), adapted.predict(x, verbose=0))
+    assert abs(exported.predict(x, verbose=0).mean()) < 1e-4
 
 
 def test_layers_that_keras_lacks_need_one_import_and_not_tff(tmp_path):

@@ -313,9 +313,16 @@ def test_arguments_of_another_type_are_told_with_what_is_taken(model, client_dat
     assert "\n" not in str(error.value)
 
 
-def test_aggregators_that_need_secure_sums_are_refused_before_the_round(model, client_dataset):
-    with pytest.raises(ValueError, match="needs secure sums, which TFF's runtime does not have"):
-        build_fed_sgd(model, client_dataset, learning_rate=0.1, aggregator=tff.learning.secure_aggregator())
+@pytest.mark.parametrize(
+    ("aggregator", "message"),
+    [
+        (tff.learning.secure_aggregator, "needs secure sums, which TFF's runtime does not have"),
+        (lambda: tff.learning.ddp_secure_aggregator(0.1, 4), "Factory of which TFF can make nothing here: "),
+    ],
+)
+def test_aggregators_that_need_secure_sums_are_refused_before_the_round(model, client_dataset, aggregator, message):
+    with pytest.raises(ValueError, match=f"^aggregator is a .*{message}"):
+        build_fed_sgd(model, client_dataset, learning_rate=0.1, aggregator=aggregator())
 
 
 @pytest.mark.parametrize(

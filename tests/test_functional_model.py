@@ -664,6 +664,15 @@ def test_metrics_of_a_regression_are_those_of_keras(worker, arrays, dataset_of, 
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_metric_of_ones_own_may_name_labels_and_outputs_otherwise(worker, arrays, dataset_of):
+    class Error(tf.keras.metrics.Mean):
+        def update_state(self, labels, outputs, sample_weight=None):
+            return super().update_state(tf.abs(labels - outputs))
+
+    found = evaluate(worker, sequential(units=1), "mae", dataset_of("x", "value"), {"error": Error})
+    assert found["error"] == pytest.approx(found["loss"])
+
+
 def test_a_metric_of_ones_own_that_keras_has_used_is_taken(worker, arrays):
     class OwnScore(tf.keras.metrics.F1Score):
         pass

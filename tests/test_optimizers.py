@@ -128,6 +128,15 @@ def test_uniform_weighting_gives_each_client_of_a_round_the_same_weight(worker, 
     assert max_difference(weights_of(run_rounds(process, 1)), expected) < 1e-6
 
 
+@pytest.mark.parametrize("argument", ["client_optimizer", "server_optimizer"])
+def test_an_optimizer_that_fails_in_the_graph_is_named(model, client_dataset, argument):
+    settings = {"epochs": 1, "batch_size": 5, "learning_rate": 0.1}
+    settings[argument] = optimizers.build_adafactor(learning_rate=0.1)
+    with pytest.raises(ValueError, match=f"^{argument} is a _AdafactorOptimizer, which fails: ") as error:
+        build_fed_avg(model, client_dataset, **settings)
+    assert "\n" not in str(error.value)
+
+
 def test_fed_sgd_takes_a_server_optimizer(worker, model, client_dataset):
     """Two steps of momentum 0.5 on the same gradient: 1 + 1.5 of it, where the weights stay about the same."""
     rate = 1e-3

@@ -131,6 +131,27 @@ def test_a_model_that_is_refused_leaves_no_run(tmp_path):
     runner.run(Experiment(task=str(path), learning_rate=0.2, rounds=1), tmp_path / "run")
 
 
+def test_a_run_whose_task_was_edited_goes_on_and_says_so(tmp_path):
+    path = tmp_path / "task.py"
+    path.write_text(TASK_WITH_DROPOUT)
+    warnings = []
+
+    class Listener(Observer):
+        def warn(self, message):
+            warnings.append(message)
+
+    def run(rounds):
+        experiment = Experiment(task=str(path), learning_rate=0.1, rounds=rounds, target_accuracy=1.0)
+        runner.run(experiment, tmp_path / "run", observer=Listener())
+        return warnings[:]
+
+    assert run(1) == run(2) == []
+    path.write_text(TASK_WITH_DROPOUT.replace("Dropout(0.5)", "Dropout(0.25)"))
+    (told,) = run(3)
+    assert told.startswith(f"{path} has changed since round 2 of the run in {tmp_path}/run, which goes on with what is")
+    assert run(4) == [told]  # Once.
+
+
 def test_a_run_at_its_target_says_so_and_goes_on_without_one(tmp_path):
     """Also where the target is no accuracy."""
     (tmp_path / "task.py").write_text(TASK_AT_ITS_TARGET)

@@ -71,6 +71,7 @@ class ClientDataset:
         self._offsets = client_files.read_offsets(self.directory, manifest)
         self.num_examples = np.diff(self._offsets)
         self._preprocess = _trace(preprocess_fn, self.element_spec)
+        self._makes_one_of_each = True  # Otherwise it is looked at in each batch.
         self._try_preprocess_fn()
 
     @classmethod
@@ -235,6 +236,9 @@ class ClientDataset:
         for tensor in tf.nest.flatten(batch):
             if tensor.shape[0] != num:
                 raise ValueError(f"preprocess_fn makes {tensor.shape[0]} examples of {num}; it must make one of each")
+        with tf.Graph().as_default():  # Where TensorFlow can tell, it is so whatever the examples are.
+            batch = tf.nest.flatten(self.batch(*(tf.zeros(t.shape, t.dtype) for t in arguments)))
+        self._makes_one_of_each = all(tensor.shape[0] == num for tensor in batch)
 
     def _map(self, name: str, dtype: tf.DType, shape: Sequence[int]) -> tf.Tensor:
         """Returns a file as a tensor, mapped into memory: what is not looked at is not read."""
@@ -260,7 +264,13 @@ class ClientDataset:
                 content = tf.bitcast(tf.reshape(content, [-1, *spec.shape, spec.dtype.size]), spec.dtype)
             features[name] = tf.reshape(content, [-1, *spec.shape])
         seed = tf.cast(seed, tf.int32)
-        return self._preprocess(features, seed, seed=seed)
+        batch = self._preprocess(features, seed, seed=seed)
+        if self._makes_one_of_each:
+            return batch
+        message = "preprocess_fn must make one example of each, and drops or adds some"
+        numbers = [tf.shape(tensor)[0] for tensor in tf.nest.flatten(batch)]
+        with tf.control_dependencies([tf.debugging.assert_equal(n, tf.size(indices), message) for n in numbers]):
+            return tf.nest.map_structure(tf.identity, batch)
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
         """Reads examples of all clients by their places in the file, outside any graph.

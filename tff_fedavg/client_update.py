@@ -1,6 +1,7 @@
 """ClientUpdate(k, w) of Algorithm 1, and the client's half of FedSGD, as plain TensorFlow functions."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -8,6 +9,7 @@ import tensorflow_federated as tff
 
 from tff_fedavg.functional_model import KerasFunctionalModel
 from tff_fedavg.integer import INT32_MAX, as_integer
+from tff_fedavg.traced import first_error
 
 # The trainable weights, or a gradient by them.
 Weights = Sequence[tf.Tensor]
@@ -67,6 +69,9 @@ def client_update(
     if optimizer is None and proximal_strength:
         optimizer = tff.learning.optimizers.build_sgdm()
 
+    with naming("client_optimizer", optimizer):
+        optimizer_state = _optimizer_state(optimizer, weights, learning_rate)
+
     def next_batch(step, loss_sum, w, optimizer_state):
         start = step % batches_per_epoch * batch_size
         indices = order[start : start + batch_size]
@@ -80,13 +85,14 @@ def client_update(
             gradient = _dense(gradient, w)
             if proximal_strength:
                 gradient = [g + proximal_strength * (v - v_t) for g, v, v_t in zip(gradient, w, weights.trainable)]
-            optimizer_state, w = optimizer.next(optimizer_state, tuple(w), tuple(gradient))
+            with naming("client_optimizer", optimizer):
+                optimizer_state, w = optimizer.next(optimizer_state, tuple(w), tuple(gradient))
         return step + 1, loss_sum + loss * tf.cast(tf.size(indices), tf.float32), list(w), optimizer_state
 
     _, loss_sum, w, _ = tf.while_loop(
         lambda step, *_: step < epochs * batches_per_epoch,
         next_batch,
-        (0, tf.constant(0.0), list(weights.trainable), _optimizer_state(optimizer, weights, learning_rate)),
+        (0, tf.constant(0.0), list(weights.trainable), optimizer_state),
     )
     return w, loss_sum
 
@@ -178,6 +184,17 @@ def loss_and_gradient(
         loss = model.loss(model.predict_on_batch(weights, x, training=True), y, *sample_weight)
         scaled_loss = scale * loss
     return loss, tape.gradient(scaled_loss, weights[0])
+
+
+@contextlib.contextmanager
+def naming(argument: str, optimizer: Any) -> Iterator[None]:
+    """Has an optimizer that fails in the graph named in one line, as a `ValueError`."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as e:  # Of any kind: it may be somebody else's code.
+        raise ValueError(f"{argument} is a {type(optimizer).__name__}, which fails: {first_error(e)}") from e
 
 
 def _optimizer_state(optimizer, weights, learning_rate):

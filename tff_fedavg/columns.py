@@ -154,8 +154,11 @@ def read_client_data(client_data: tff.simulation.datasets.ClientData) -> Iterato
                 name: np.concatenate([b[key] for b in batches]) if batches else [] for name, key in names.items()
             }
         except (tf.errors.InvalidArgumentError, ValueError) as e:
-            reason = re.sub(r"{{.*?}} ", "", str(getattr(e, "message", e)).split("\n")[0])
-            raise ValueError(f"the examples of client {client_id!r} cannot be put together: {reason}") from e
+            reason = re.sub(r"{{.*?}} | \[Op:.*", "", str(getattr(e, "message", e)).split("\n")[0])
+            raise ValueError(
+                f"the examples of client {client_id!r} cannot be put together: {reason} If they are batches, leave out "
+                "batch"
+            ) from e
         yield columns
 
 

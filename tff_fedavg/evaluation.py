@@ -30,7 +30,8 @@ def build_fed_eval(
 
     Returns:
       A computation `(weights@SERVER, client_ids@CLIENTS) -> metrics@SERVER`. The weights are a
-      `tff.learning.models.ModelWeights`; the metrics are those of the model, over all examples of these clients.
+      `tff.learning.models.ModelWeights`; the metrics are those of the model, over all examples of these clients, and
+      mean nothing if there are none.
 
     Raises:
       TypeError: If an argument has another type.

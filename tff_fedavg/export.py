@@ -47,6 +47,9 @@ def keras_model(
         check_shapes(f"the {part} weights", values, variables)
         for variable, value in zip(variables, values):
             variable.assign(value)
+    for layer in model.submodules:
+        if isinstance(layer, tf.keras.layers.Normalization) and layer.input_mean is None:
+            layer.finalize_state()  # What it computes with is made of its variables then only.
     # Of a subclass of Model, which has no inputs, the layers cannot be exchanged.
     if model.inputs and any(isinstance(layer, MaxPooling) for layer in model.layers):
         model = tf.keras.models.clone_model(model, clone_function=_keras_layer)

@@ -32,8 +32,9 @@ from tff_fedavg.client_update import (
     client_gradient,
     client_update,
     minibatch_seed,
+    naming,
 )
-from tff_fedavg.traced import TracedFunction
+from tff_fedavg.traced import TracedFunction, first_error
 
 # eta: a number, or a function of the number of finished rounds (float32 scalar), such as a Keras schedule.
 LearningRate = float | Callable[[tf.Tensor], tf.Tensor]
@@ -195,7 +196,8 @@ def _build_learning_process(
         return collections.OrderedDict(train=collections.OrderedDict(loss=loss, num_examples=sums["num_examples"]))
 
     server_optimizer = server_optimizer or tff.learning.optimizers.build_sgdm(1.0)
-    finalizer = tff.learning.templates.build_apply_optimizer_finalizer(server_optimizer, weights_type)
+    with naming("server_optimizer", server_optimizer):
+        finalizer = tff.learning.templates.build_apply_optimizer_finalizer(server_optimizer, weights_type)
 
     @tff.tensorflow.computation(np.int32)
     def increment(round_number):
@@ -348,14 +350,17 @@ def _build_aggregation(aggregator: Factory, update_type: tff.types.StructType) -
         raise TypeError(
             f"aggregator is {aggregator!r}; it must be an aggregation factory, such as tff.learning.robust_aggregator()"
         )
-    aggregation = aggregator.create(update_type, tff.TensorType(np.float32))
+    kind = type(aggregator).__name__
     try:
+        aggregation = aggregator.create(update_type, tff.TensorType(np.float32))
         tff.test.assert_not_contains_secure_aggregation(aggregation.next)
     except AssertionError as e:
         raise ValueError(
-            f"aggregator is a {type(aggregator).__name__} that needs secure sums, which TFF's runtime does not have; "
+            f"aggregator is a {kind} that needs secure sums, which TFF's runtime does not have; "
             "tff.learning.robust_aggregator() is the same without them"
         ) from e
+    except Exception as e:  # Of any kind: it may be somebody else's code.
+        raise ValueError(f"aggregator is a {kind} of which TFF can make nothing here: {first_error(e)}") from e
     return aggregation
 
 

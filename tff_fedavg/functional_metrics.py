@@ -144,22 +144,24 @@ def _constructors(
 def _as_in_keras(
     constructor: Callable[[], tf.keras.metrics.Metric], output_spec: Any, y_spec: Any, takes_attached: bool
 ) -> tf.keras.metrics.Metric:
-    """Makes a metric in float32, which may take a pair: the outputs, and what Keras would have attached to them."""
+    """Makes a metric in float32, which may take a pair: the outputs, and what Keras would have attached to them.
+
+    Its `update_state` gets labels and outputs by place, as from Keras; TFF gives them by the names y_true and y_pred.
+    """
     with global_policy("float32"):
         metric = constructor()
         if not metric.built:  # As F1Score and R2Score, which have their variables from then on.
             metric.build(*tf.nest.map_structure(lambda spec: spec.shape, (y_spec, output_spec)))
-    if takes_attached:
-        update_state = metric.update_state
-        while hasattr(update_state, "__original_wrapped__"):  # As TFF does.
-            update_state = update_state.__original_wrapped__
+    update_state = metric.update_state
+    while hasattr(update_state, "__original_wrapped__"):  # As TFF does.
+        update_state = update_state.__original_wrapped__
 
-        def update_with_attached(y_true, y_pred):
-            output = attach(*y_pred)
-            mask = getattr(output, _MASK, None)
-            return update_state(y_true, output) if mask is None else update_state(y_true, output, sample_weight=mask)
+    def update_as_keras(y_true, y_pred):
+        output = attach(*y_pred) if takes_attached else y_pred
+        mask = getattr(output, _MASK, None)
+        return update_state(y_true, output) if mask is None else update_state(y_true, output, sample_weight=mask)
 
-        metric.update_state = update_with_attached
+    metric.update_state = update_as_keras
     return metric
 
 

@@ -67,7 +67,13 @@ class RunDirectory:
         self._lock.close()
 
     def start(
-        self, settings: Mapping[str, Any], checksums: Mapping[str, str], target: Target, *, after_round: int = 0
+        self,
+        settings: Mapping[str, Any],
+        checksums: Mapping[str, str],
+        target: Target,
+        *,
+        task_file: str | None = None,
+        after_round: int = 0,
     ) -> None:
         """Writes config.json, when the data have turned out to be good: until then the directory holds no run.
 
@@ -75,6 +81,7 @@ class RunDirectory:
           settings: What the run depends on, as JSON values. Those that differ from the ones before are kept as changes.
           checksums: SHA-256 of the data files, by file name.
           target: What the run aims at.
+          task_file: SHA-256 of the file with the code of the task, if it is one of the user's own.
           after_round: The round that it goes on after; 0 for a new run.
 
         Raises:
@@ -95,6 +102,7 @@ class RunDirectory:
             "changes": changes,
             "target": vars(target),
             "data_checksums": dict(checksums),
+            "task_file": task_file,
             "versions": {
                 "python": sys.version.split()[0],
                 **{package: importlib.metadata.version(package) for package in _PACKAGES},
@@ -125,15 +133,23 @@ def read_config_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a config.json.
 
     It has "run" (None in those of the first version), "settings" as the run began with, "changes" (what was changed,
-    and after which round), "target", "data_checksums" and "versions". One without a checksum is taken as it is: without
-    that line it can be written, or changed, by hand.
+    and after which round), "target", "data_checksums", "task_file" and "versions". One without a checksum is taken as
+    it is: without that line it can be written, or changed, by hand.
 
     Raises:
       FileNotFoundError: If there is none.
       ValueError: If it is damaged.
     """
     config = read_record(path, needs_checksum=False)
-    config = {"run": None, "changes": [], "target": {}, "data_checksums": {}, "versions": {}, **config}
+    config = {
+        "run": None,
+        "changes": [],
+        "target": {},
+        "data_checksums": {},
+        "task_file": None,
+        "versions": {},
+        **config,
+    }
     try:
         settings_of(config)
         for name in ("target", "data_checksums", "versions"):

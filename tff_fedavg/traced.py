@@ -213,7 +213,9 @@ def first_error(error: Exception) -> str:
     lines = [
         re.split(r",? (?:using config=|Full object config: )", line.strip())[0] for line in str(error).splitlines()
     ]
-    lines = [line for line in lines if line and "Exception encountered when calling" not in line]
+    lines = [
+        line for line in lines if line and not re.search("Exception encountered when calling|in user code:$", line)
+    ]
     named = [line for line in lines if re.match(r"[A-Za-z]+(Error|Exception): ", line)]
     return (named or [f"{type(error).__name__}: {line}" for line in lines] or [type(error).__name__])[0]
 

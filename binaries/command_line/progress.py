@@ -34,7 +34,7 @@ class ProgressPrinter(Observer):
         if self._bar is not None:
             self._bar.close()
 
-    def report_mended(self, message: str) -> None:
+    def warn(self, message: str) -> None:
         """Says what was wrong with a file of the run."""
         print(message, file=sys.stderr)
 

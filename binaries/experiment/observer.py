@@ -15,5 +15,5 @@ class Observer:
     def update(self, progress: "Progress") -> None:
         """A round has been run."""
 
-    def report_mended(self, message: str) -> None:
-        """A file of the run was not what was written, and the run goes on without it, or with what it should be."""
+    def warn(self, message: str) -> None:
+        """The run goes on, though a file of it was not what was written, or its task is not what it was."""

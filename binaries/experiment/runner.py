@@ -12,12 +12,13 @@ from binaries.experiment.observer import Observer
 from binaries.experiment.process import build_evaluate, build_process, choose_target, clients_per_round
 from binaries.experiment.record import Experiment
 from binaries.experiment.workers import Workers
+from tasks import own
 from tasks.task import Task
 from tff_fedavg import learning_curve, training
 from tff_fedavg.communication import bytes_per_client
 from tff_fedavg.learning_curve import Target
 from tff_fedavg.metrics_table import ROUND_FIELD
-from tff_fedavg.run_directory import RunDirectory, check_data, read_metrics
+from tff_fedavg.run_directory import RunDirectory, check_data, read_config, read_metrics
 
 # Names in metrics.csv.
 _BYTES_UP = "bytes_up"
@@ -69,14 +70,23 @@ def run(
             evaluate = build_evaluate(experiment, task, model)
             process, training_selection_fn = build_process(experiment, task, model)
             check_data(run_dir, task.checksums)
+            task_file = own.checksum(experiment.task)
 
             first_round = 0
 
             def start(round_number: int) -> None:
                 nonlocal first_round
                 first_round = round_number
+                held = read_config(run_dir)
+                if round_number and held and held["task_file"] not in (None, task_file):
+                    observer.warn(
+                        f"{experiment.task} has changed since round {round_number} of the run in {run_dir}, which goes "
+                        "on with what is in it now; give another run_dir to start a new run"
+                    )
                 # Until here the model may be refused, and then there is no run.
-                directory.start(experiment.to_json(), task.checksums, target, after_round=round_number)
+                directory.start(
+                    experiment.to_json(), task.checksums, target, task_file=task_file, after_round=round_number
+                )
                 observer.start(round_number)
 
             def draw() -> None:
@@ -96,7 +106,7 @@ def run(
                     also_released=_bytes_sent(experiment, task, process),
                     on_start=start,
                     on_round=observer.update,
-                    on_mended=observer.report_mended,
+                    on_mended=observer.warn,
                 )
             except BaseException as e:
                 with contextlib.suppress(OSError):  # What has ended the training is what is to be told.

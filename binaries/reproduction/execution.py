@@ -85,7 +85,7 @@ class _Observer(Observer):
             if not is_reached and progress.round_number >= self._fewest_rounds():
                 raise _GivenUpError
 
-    def report_mended(self, message: str) -> None:
+    def warn(self, message: str) -> None:
         print(message, file=sys.stderr)
 
     def _fewest_rounds(self) -> float:
