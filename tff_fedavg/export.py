@@ -47,7 +47,7 @@ def keras_model(
         check_shapes(f"the {part} weights", values, variables)
         for variable, value in zip(variables, values):
             variable.assign(value)
-    for layer in model.submodules:
+    for layer in layers_of(model):
         if isinstance(layer, tf.keras.layers.Normalization) and layer.input_mean is None:
             layer.finalize_state()  # What it computes with is made of its variables then only.
     # Of a subclass of Model, which has no inputs, the layers cannot be exchanged.
@@ -101,6 +101,11 @@ def is_of_keras(thing: Any) -> bool:
 def variables_of(model: tf.keras.Model, part: str) -> list[tf.Variable]:
     """Returns the "trainable" or the "non_trainable" variables of a model, without the tables of its lookup layers."""
     return [v for v in getattr(model, f"{part}_variables") if isinstance(v, tf.Variable)]
+
+
+def layers_of(model: tf.keras.Model) -> list[tf.keras.layers.Layer]:
+    """Returns the layers of a model at any depth, outer before inner ones."""
+    return list(model._flatten_layers(include_self=False))  # `submodules` fails where one has recurrent dropout.
 
 
 def check_shapes(what: str, values: Sequence[Any], of_model: Sequence[Any]) -> None:

@@ -11,7 +11,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 import tff_fedavg.default_context  # noqa: F401
-from tff_fedavg.export import is_of_keras, variables_of
+from tff_fedavg.export import is_of_keras, layers_of, variables_of
 from tff_fedavg.functional_metrics import Metric, attach, attached_to, metrics_fns
 from tff_fedavg.traced import ChangedVariableError, TracedFunction, first_error
 
@@ -158,7 +158,7 @@ def build_weights(keras_model: tf.keras.Model, x_spec: Any) -> None:
 def _check_model(keras_model: tf.keras.Model) -> None:
     if not keras_model.trainable_variables:
         raise ValueError("the model has no trainable weights")
-    for layer in _layers(keras_model):
+    for layer in layers_of(keras_model):
         if layer.dtype_policy.name == "mixed_float16":
             raise ValueError(
                 f"layer {layer.name!r} has the policy mixed_float16, whose gradients vanish without loss scaling: take "
@@ -193,13 +193,8 @@ def _check_loss(loss: Loss, output_spec: Any) -> None:
         )
 
 
-def _layers(keras_model: tf.keras.Model) -> list[tf.keras.layers.Layer]:
-    """Returns the layers of a model at any depth, outer before inner ones."""
-    return list(keras_model._flatten_layers(include_self=False))  # `submodules` fails where one has recurrent dropout.
-
-
 def _changed_in_training(keras_model: tf.keras.Model, error: ChangedVariableError) -> str:
-    owners = [layer for layer in _layers(keras_model) if any(v is error.variable for v in layer.weights)]
+    owners = [layer for layer in layers_of(keras_model) if any(v is error.variable for v in layer.weights)]
     if not owners:
         return f"{error} in training; FedAvg averages trained weights only"
     layer = min(reversed(owners), key=lambda layer: len(layer.weights))
