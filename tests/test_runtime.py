@@ -417,6 +417,7 @@ def test_a_program_that_computes_nothing_ends_without_noise(name):
 def test_whoever_enters_no_worker_is_told(worker, client_dataset, model):
     process = build_fed_avg(model, client_dataset, epochs=1, batch_size=5, learning_rate=0.1)
     evaluate = build_fed_eval(model, client_dataset)
+    message = r"no local_worker\(\) or remote_workers\(\) is entered: TFF's own worker"
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Ahead of TFF's worker, which is not started.
         state = process.initialize()
@@ -430,9 +431,7 @@ def test_whoever_enters_no_worker_is_told(worker, client_dataset, model):
         ]
         for call in calls:
             with tff.framework.get_context_stack().install(default_context.TFFS_OWN):
-                with pytest.raises(
-                    UserWarning, match=r"no local_worker\(\) or remote_workers\(\) is entered: TFF's own"
-                ):
+                with pytest.raises(UserWarning, match=message):
                     call()
             with concurrent.futures.ThreadPoolExecutor(1) as other_thread:
                 with pytest.raises(RuntimeError, match="no worker is entered in this thread"):

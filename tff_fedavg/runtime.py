@@ -32,9 +32,9 @@ _SECONDS_TO_REACH = 10.0
 _SECONDS_BETWEEN_TRIES = 0.5
 _MAX_LOSSES_PER_COMPUTATION = 3
 _UNREACHED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+_GONE = "cannot be reached any more"
 # Slow and fast workers even out where each gets several shares of a round, if those are not too small.
 _SUBROUNDS_PER_WORKER = 4
-_GONE = "cannot be reached any more"
 _CLIENTS_PER_SHARE = 4
 
 

@@ -35,7 +35,7 @@ class ProgressPrinter(Observer):
             self._bar.close()
 
     def warn(self, message: str) -> None:
-        """Says what was wrong with a file of the run."""
+        """Says what was wrong with a file of the run, or has changed in its task."""
         print(message, file=sys.stderr)
 
     def start(self, round_number: int) -> None:

@@ -77,8 +77,7 @@ def run(
             def start(round_number: int) -> None:
                 nonlocal first_round
                 first_round = round_number
-                held = read_config(run_dir)
-                if round_number and held and held["task_file"] not in (None, task_file):
+                if round_number and read_config(run_dir)["task_file"] not in (None, task_file):
                     observer.warn(
                         f"{experiment.task} has changed since round {round_number} of the run in {run_dir}, which goes "
                         "on with what is in it now; give another run_dir to start a new run"
