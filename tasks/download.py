@@ -32,29 +32,31 @@ def download(url: str, path: pathlib.Path, checksum: str | None = None) -> None:
       OSError: If it cannot be had. Nothing is left of it then; but if it has another checksum, it is kept under a name
         that the error tells.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_directory(path.parent, _SCRATCH_PREFIX) as scratch:
-        temporary = scratch / path.name
-        try:
-            _fetch(url, temporary)
-        except (EOFError, http.client.HTTPException, lzma.LZMAError) as e:
-            raise OSError(f"what came from {url} is not whole: {e}") from e
-        found = sha256(temporary)
-        if checksum not in (None, found):
-            aside = path.with_name(f"{path.name}-{found[:16]}")
-            _put(temporary, aside)
-            raise OSError(f"what came from {url} has another SHA-256 than it should have: it is kept as {aside}")
-        _put(temporary, path)
-
-
-def _fetch(url: str, path: pathlib.Path) -> None:
     request = urllib.request.Request(url, headers=_HEADERS)
-    with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response, open(path, "xb") as file:
-        print(f"downloading {url}", file=sys.stderr)
-        with tqdm.tqdm.wrapattr(response, "read", response.length, disable=None) as stream:
-            shutil.copyfileobj(lzma.open(stream) if url.endswith(".lzma") else stream, file, _CHUNK_BYTES)
-        if response.length:  # What is left of it, if its length is known.
-            raise EOFError(f"the last {response.length} bytes are missing")
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
+            path.parent.mkdir(parents=True, exist_ok=True)  # Not before there is something to put there.
+            with scratch_directory(path.parent, _SCRATCH_PREFIX) as scratch:
+                temporary = scratch / path.name
+                _save(response, url, temporary)
+                found = sha256(temporary)
+                if checksum not in (None, found):
+                    aside = path.with_name(f"{path.name}-{found[:16]}")
+                    _put(temporary, aside)
+                    raise OSError(
+                        f"what came from {url} has another SHA-256 than it should have: it is kept as {aside}"
+                    )
+                _put(temporary, path)
+    except (EOFError, http.client.HTTPException, lzma.LZMAError) as e:
+        raise OSError(f"what came from {url} is not whole: {e}") from e
+
+
+def _save(response: http.client.HTTPResponse, url: str, path: pathlib.Path) -> None:
+    print(f"downloading {url}", file=sys.stderr)
+    with open(path, "xb") as file, tqdm.tqdm.wrapattr(response, "read", response.length, disable=None) as stream:
+        shutil.copyfileobj(lzma.open(stream) if url.endswith(".lzma") else stream, file, _CHUNK_BYTES)
+    if response.length:  # What is left of it, if its length is known.
+        raise EOFError(f"the last {response.length} bytes are missing")
 
 
 def _put(temporary: pathlib.Path, path: pathlib.Path) -> None:

@@ -95,6 +95,12 @@ def test_what_does_not_come_whole_leaves_nothing(tmp_path, server, name, message
     assert os.listdir(tmp_path) == []
 
 
+def test_a_server_that_refuses_leaves_no_directory(tmp_path, server):
+    with pytest.raises(OSError, match="404"):
+        download.download(f"{server.url}/missing", tmp_path / "new" / "data")
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_server_that_falls_silent_is_given_up(tmp_path, server, monkeypatch):
     monkeypatch.setattr(download, "_TIMEOUT_SECONDS", 0.5)
     start = time.monotonic()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from binaries.command_line import data_flags, saved_run
 from binaries.command_line.progress import ProgressPrinter
 from binaries.experiment import Experiment, runner
 from binaries.experiment.observer import Observer
@@ -131,7 +132,8 @@ def test_a_model_that_is_refused_leaves_no_run(tmp_path):
     runner.run(Experiment(task=str(path), learning_rate=0.2, rounds=1), tmp_path / "run")
 
 
-def test_a_run_whose_task_was_edited_goes_on_and_says_so(tmp_path):
+def test_a_run_whose_task_was_edited_goes_on_and_says_so(tmp_path, capsys, monkeypatch):
+    """As do the programs that use its model."""
     path = tmp_path / "task.py"
     path.write_text(TASK_WITH_DROPOUT)
     warnings = []
@@ -140,16 +142,26 @@ def test_a_run_whose_task_was_edited_goes_on_and_says_so(tmp_path):
         def warn(self, message):
             warnings.append(message)
 
+    monkeypatch.setattr(data_flags, "directories", dict)
+
     def run(rounds):
         experiment = Experiment(task=str(path), learning_rate=0.1, rounds=rounds, target_accuracy=1.0)
         runner.run(experiment, tmp_path / "run", observer=Listener())
         return warnings[:]
 
+    def told_of_the_task():
+        saved_run.build_task(tmp_path / "run", Experiment.read(tmp_path / "run"))
+        return capsys.readouterr().err
+
     assert run(1) == []
+    assert told_of_the_task() == ""
     path.write_text(TASK_WITH_DROPOUT.replace("Dropout(0.5)", "Dropout(0.25)"))
+    told = told_of_the_task()
+    assert told == f"{path} has changed since the run in {tmp_path}/run: its task is what is in it now\n"
     (told,) = run(2)
     assert told.startswith(f"{path} has changed since round 1 of the run in {tmp_path}/run, which goes on with what is")
     assert run(3) == [told]  # Once.
+    assert told_of_the_task() == ""
 
 
 def test_a_run_at_its_target_says_so_and_goes_on_without_one(tmp_path):

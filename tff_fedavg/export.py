@@ -84,8 +84,9 @@ def what_loading_needs(model: tf.keras.Model, path: str | os.PathLike[str]) -> l
 def _own_objects(model):
     """Returns the classes and functions that a model is made of and that are not Keras's, by name."""
     kinds = tf.keras.initializers.Initializer, tf.keras.regularizers.Regularizer, tf.keras.constraints.Constraint
-    found = {type(layer) for layer in (model, *model.submodules)}
-    for thing in (thing for layer in model.submodules for thing in vars(layer).values()):
+    layers = layers_of(model)
+    found = {type(layer) for layer in (model, *layers)}
+    for thing in (thing for layer in layers for thing in vars(layer).values()):
         if inspect.isfunction(thing) and thing.__name__ != "<lambda>":
             found.add(thing)
         elif isinstance(thing, kinds):

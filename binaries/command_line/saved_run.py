@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -9,6 +10,7 @@ from absl import flags
 from binaries.command_line import data_flags, run_dirs
 from binaries.command_line.number import integer
 from binaries.experiment import Experiment
+from tasks import own
 from tff_fedavg import run_directory, saved_state
 
 if TYPE_CHECKING:
@@ -55,11 +57,15 @@ def check_weights(weights: "ModelWeights", model: "FunctionalModel") -> None:
 
 
 def build_task(run_dir: pathlib.Path, experiment: Experiment) -> "Task":
-    """Builds the task of a run.
+    """Builds the task of a run; says so if its file has changed since.
 
     Raises:
       ValueError: If its data are bad, or not those of the run.
     """
     task = experiment.build_task(**data_flags.directories())
     run_directory.check_data(run_dir, task.checksums)
+    if run_directory.read_config(run_dir)["task_file"] not in (None, own.checksum(experiment.task)):
+        print(
+            f"{experiment.task} has changed since the run in {run_dir}: its task is what is in it now", file=sys.stderr
+        )
     return task

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from tff_fedavg.export import layers_of
 from tff_fedavg.global_policy import global_policy
 
 # What Linux calls the instructions: AVX-512 and AMX of x86, and those of Arm.
@@ -23,7 +24,7 @@ def in_bfloat16(keras_model_fn: KerasModelFn) -> KerasModelFn:
     def build() -> tf.keras.Model:
         with global_policy("mixed_bfloat16"):
             model = keras_model_fn()
-        if not any(map(_multiplies_in_bfloat16, model.submodules)):
+        if not any(map(_multiplies_in_bfloat16, layers_of(model))):
             raise ValueError(
                 "--matmul_precision=bfloat16: no layer of this model has matrix products in bfloat16; leave it out"
             )
@@ -49,11 +50,10 @@ def check_processor(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> No
         )
 
 
-def _multiplies_in_bfloat16(module: tf.Module) -> bool:
+def _multiplies_in_bfloat16(layer: tf.keras.layers.Layer) -> bool:
     # An embedding looks up what the other layers with a matrix multiply.
     return (
-        isinstance(module, tf.keras.layers.Layer)
-        and not isinstance(module, (tf.keras.Model, tf.keras.layers.Embedding))
-        and module.compute_dtype == "bfloat16"
-        and any(weight.shape.rank >= 2 for weight in module.weights)
+        not isinstance(layer, (tf.keras.Model, tf.keras.layers.Embedding))
+        and layer.compute_dtype == "bfloat16"
+        and any(weight.shape.rank >= 2 for weight in layer.weights)
     )
