@@ -25,7 +25,7 @@ CACHE_DIR = "~/.cache/tff_fedavg/clients"
 _NATURAL_PARTITIONS = ("writer", "role")
 
 # Between one label a client (alpha near 0) and IID (100), as Hsu, Qi and Brown (2019) have them: about five of ten.
-_DIRICHLET_ALPHA = 1.0
+DIRICHLET_ALPHA = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ TASKS = {
 class TaskSettings:
     """What the module of a task builds it from: the arguments of `build_task`, checked, with the defaults filled in.
 
-    `files` is where the data are, as `find_data` returns them.
+    But for `clients`, whose default the module knows. `files` is where the data are, as `find_data` returns them.
     """
 
     name: str
@@ -119,10 +119,11 @@ class TaskSettings:
     dirichlet_alpha: float | None
     seed: int
 
-    @property
-    def dirichlet_key(self) -> dict[str, float]:
-        """What the partition "dirichlet" adds to the key of the client files."""
-        return {} if self.dirichlet_alpha is None else {"dirichlet_alpha": self.dirichlet_alpha}
+    def partition_key(self, clients: int | None) -> dict[str, Any]:
+        """Returns what the partition into so many clients adds to the key of the client files."""
+        seed = None if self.partition in _NATURAL_PARTITIONS else self.seed
+        alpha = {} if self.dirichlet_alpha is None else {"dirichlet_alpha": self.dirichlet_alpha}
+        return {"partition": self.partition, "clients": clients, "seed": seed, **alpha}
 
 
 def build_task(
@@ -180,7 +181,7 @@ def build_task(
         with contextlib.chdir(os.curdir):  # Its code may change it, which would take the files of a run elsewhere.
             return own.build(name, arguments, given)
     if partition == "dirichlet":
-        arguments["dirichlet_alpha"] = _DIRICHLET_ALPHA if dirichlet_alpha is None else dirichlet_alpha
+        arguments["dirichlet_alpha"] = DIRICHLET_ALPHA if dirichlet_alpha is None else dirichlet_alpha
     elif dirichlet_alpha is not None:
         raise ValueError(f"dirichlet_alpha={dirichlet_alpha}, but partition={partition} has none: leave it out")
     files = find_data(name, data, partition, arguments.pop("data_dir"))
@@ -235,15 +236,13 @@ def choose(
         if entry.embedded is None:
             raise ValueError(f"data=embedded, but no package comes with data for {name}: leave it out")
         data = entry.embedded
-    chosen = {"data": data or entry.data[0], "partition": partition or entry.partitions[0]}
-    for argument, values in (("data", entry.data), ("partition", entry.partitions)):
-        if chosen[argument] not in values:
-            raise ValueError(f"{argument}={chosen[argument]}: {name} takes {', '.join(values)}")
-    if clients is not None and chosen["partition"] in _NATURAL_PARTITIONS:
-        raise ValueError(
-            f"clients={clients}, but partition={chosen['partition']} has one client for each: leave it out"
-        )
-    return chosen["data"], chosen["partition"]
+    data, partition = data or entry.data[0], partition or entry.partitions[0]
+    for argument, value, values in (("data", data, entry.data), ("partition", partition, entry.partitions)):
+        if value not in values:
+            raise ValueError(f"{argument}={value}: {name} takes {', '.join(values)}")
+    if clients is not None and partition in _NATURAL_PARTITIONS:
+        raise ValueError(f"clients={clients}, but partition={partition} has one client for each: leave it out")
+    return data, partition
 
 
 def __getattr__(name: str) -> Any:

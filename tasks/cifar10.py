@@ -66,8 +66,7 @@ def build_task(settings: TaskSettings) -> Task:
         _, test = load_once()
         return cut_into_parts(_examples(test))
 
-    key = {"checksums": checksums, "partition": settings.partition, "clients": clients, "seed": settings.seed}
-    key |= settings.dirichlet_key
+    key = {"checksums": checksums, **settings.partition_key(clients)}
     return Task(
         name=settings.name,
         train=prepare_client_dataset(

@@ -83,18 +83,16 @@ def build_task(settings: TaskSettings) -> Task:
         parts = build_partition(
             partition, examples["label"], clients, settings.seed, dirichlet_alpha=settings.dirichlet_alpha
         )
-        return (_take(examples, indices) for indices in parts)
+        return ({name: array[indices] for name, array in examples.items()} for indices in parts)
 
     def test_parts() -> Iterable[Examples]:
         return cut_into_parts(_join(read_writers("test")))
 
-    train_key = {"partition": partition, "clients": clients, "seed": None if partition == "writer" else settings.seed}
-    train_key |= settings.dirichlet_key
     return Task(
         name=settings.name,
         train=prepare_client_dataset(
             settings.cache_dir,
-            {"name": f"emnist-{data}-{partition}", "checksums": checksums, **train_key},
+            {"name": f"emnist-{data}-{partition}", "checksums": checksums, **settings.partition_key(clients)},
             train_clients,
             _preprocess,
             num_clients=clients,
@@ -122,10 +120,6 @@ def _encode(pixels: np.ndarray, labels: np.ndarray) -> Examples:
 def _join(writers: Iterable[Examples]) -> Examples:
     writers = list(writers)
     return {name: np.concatenate([writer[name] for writer in writers]) for name in writers[0]}
-
-
-def _take(examples: Examples, indices: np.ndarray) -> Examples:
-    return {name: array[indices] for name, array in examples.items()}
 
 
 def _read_synthetic(split: str) -> Iterator[Examples]:

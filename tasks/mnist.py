@@ -83,8 +83,7 @@ def build_task(settings: TaskSettings) -> Task:
 
     variant = _VARIANTS[settings.name]
     preprocess = functools.partial(_preprocess, background=variant.background)
-    seed = None if partition == "writer" else settings.seed
-    key = {"checksums": checksums, "partition": partition, "clients": clients, "seed": seed} | settings.dirichlet_key
+    key = {"checksums": checksums, **settings.partition_key(clients)}
     return Task(
         name=settings.name,
         train=prepare_client_dataset(

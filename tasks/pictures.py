@@ -67,7 +67,7 @@ def labels_per_client(task: Task) -> Figure:
     """Draws the share of each label in the examples of some clients; of many labels, those that they use most."""
     clients = _spread(task.train.num_clients, _SHOWN_CLIENTS)
     names = task.label_names()
-    counts = np.stack([np.bincount(_labels(task, k), minlength=len(names)) for k in clients])
+    counts = np.stack([np.bincount(_examples(task, k)[1].ravel(), minlength=len(names)) for k in clients])
     counts[:, [not name for name in names]] = 0  # Padding is no label.
     most_used = np.argsort(-counts.sum(0), kind="stable")[:_SHOWN_LABELS]
     shown = sorted(label for label in most_used if names[label])
@@ -122,10 +122,6 @@ def _examples(task: Task, client_id: int) -> tuple[Any, np.ndarray]:
     records = task.train.read(tf.constant(client_id))
     x, y, *_ = task.train.batch(records, tf.range(tf.shape(records)[0]), tf.zeros([2], tf.int64))
     return x, y.numpy()
-
-
-def _labels(task: Task, client_id: int) -> np.ndarray:
-    return _examples(task, client_id)[1].ravel()
 
 
 def _mosaic(images: np.ndarray) -> np.ndarray:

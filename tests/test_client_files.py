@@ -182,7 +182,7 @@ def test_lists_that_are_empty_in_all_clients_are_refused(tmp_path):
 
 def test_files_that_are_there_are_not_written_over(tmp_path):
     write_client_dataset(tmp_path, [GOOD])
-    with pytest.raises(ValueError, match="has client files: open them with ClientDataset"):
+    with pytest.raises(ValueError, match="has client files of other examples: remove them"):
         write_client_dataset(tmp_path, [GOOD, GOOD])
     assert ClientDataset(tmp_path, identity).num_clients == 1
     (tmp_path / "other").mkdir()

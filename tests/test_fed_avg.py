@@ -248,9 +248,9 @@ def test_clients_that_do_not_exist_are_refused_in_one_line(model, client_dataset
     computations = build_fed_sgd(model, client_dataset, learning_rate=0.5).next, build_fed_eval(model, client_dataset)
     for computation in computations:
         for client_ids, error, message in (
-            ([0, 6], ValueError, "client_ids has 6, but the clients are 0 to 5"),
+            ([0, 6], ValueError, r"client_ids\[1\] is 6; it must be from 0 to 5"),
             ([], ValueError, "client_ids is empty"),
-            ([0.5], TypeError, "client_ids has 0.5: it takes integers"),
+            ([0.5], TypeError, r"client_ids\[0\] is 0.5; it must be an integer"),
         ):
             with pytest.raises(error, match=message):
                 computation(None, client_ids)
@@ -357,6 +357,7 @@ def test_arguments_out_of_range_are_refused(model, client_dataset, change, messa
     ("change", "message"),
     [
         (dict(epochs=2.0), r"epochs \(E\) is 2.0; it must be an integer"),
+        (dict(epochs=np.array([2])), r"epochs \(E\) is array\(\[2\]\); it must be an integer"),
         (dict(epochs=True), r"epochs \(E\) is True; it must be an integer"),
         (dict(batch_size="5"), r"batch_size \(B; None is B = inf\) is '5'; it must be an integer"),
         (dict(seed=None), "seed is None; it must be an integer"),

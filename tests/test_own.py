@@ -14,6 +14,7 @@ from test_tasks import ROOT
 
 import tasks
 import tff_fedavg
+from binaries.experiment import Experiment
 from tff_fedavg.run_directory import RunDirectory, check_data
 
 TASK = """
@@ -85,6 +86,23 @@ SEEN = "def build({}):\n    return make(checksums={{'seen': '', **{{k: str(v) fo
 )
 def test_it_is_called_with_the_arguments_that_it_declares(write, parameters, settings, seen):
     assert tasks.build_task(write(SEEN.format(parameters)), **settings).checksums == {"seen": "", **seen}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "settings", "seen"),
+    [
+        (
+            "partition, dirichlet_alpha=0.1",
+            {"partition": "dirichlet"},
+            {"partition": "dirichlet", "dirichlet_alpha": "0.1"},
+        ),
+        ("partition", {"partition": "dirichlet"}, {"partition": "dirichlet"}),
+        ("dirichlet_alpha", {"dirichlet_alpha": 0.5}, {"dirichlet_alpha": "0.5"}),
+    ],
+)
+def test_an_experiment_gives_it_no_argument_that_was_not_given(write, parameters, settings, seen):
+    experiment = Experiment(task=write(SEEN.format(parameters)), learning_rate=0.1, **settings)
+    assert experiment.build_task().checksums == {"seen": "", **seen}
 
 
 def test_places_that_are_none_are_the_usual_ones_and_a_file_may_be_a_path(write):

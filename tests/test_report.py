@@ -215,6 +215,17 @@ def test_run_that_was_stopped_counts_for_the_targets_that_it_has_reached(tmp_pat
     assert row[2:5] == ["31000", "stopped: not in 20000 rounds (0.8100)", ""]
 
 
+def test_run_whose_table_was_damaged_since_counts_as_not_run(tmp_path, capfd):
+    """Also where it went on, after the rounds that its outcome is of."""
+    grid = grid_of(FED_AVG, 4)
+    record(tmp_path, grid.run(0.1), [(0, 0.1, ""), (60, 0.975, "")])
+    with open(grid.run(0.1).directory(tmp_path) / "metrics.csv", "a") as file:
+        file.write("70,0.98\0,\n")
+    report.write(tmp_path)
+    assert cells(tmp_path, FED_AVG.name, "## Table 4")[3] == "not run"
+    assert capfd.readouterr().err.endswith(": left out\n")
+
+
 def test_run_under_way_is_not_said_to_be_without_a_target_that_it_has_passed(tmp_path):
     grid = next(grid for grid in plan.table(3) if grid.cell.algorithm == "sgd")
     run = grid.run(0.15)

@@ -6,7 +6,7 @@ import pytest
 import tff_fedavg
 from tff_fedavg import run_directory
 from tff_fedavg.learning_curve import Target
-from tff_fedavg.run_directory import RunDirectory
+from tff_fedavg.run_directory import RunDirectory, check_data
 
 
 def start(path, settings, checksums=None, after_round=0):
@@ -76,7 +76,7 @@ def test_other_data_are_refused_by_the_file_that_differs(tmp_path):
     for _ in range(2):
         start(tmp_path, {}, {"a": "1", "b": "2"})
     with pytest.raises(ValueError, match="holds a run on other data: b differs"):
-        start(tmp_path, {}, {"a": "1", "b": "3"})
+        check_data(tmp_path, {"a": "1", "b": "3"})
     assert read_config(tmp_path)["data_checksums"] == {"a": "1", "b": "2"}
 
 

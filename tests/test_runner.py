@@ -242,6 +242,15 @@ def test_the_loss_on_the_training_data_is_the_mean_over_all_examples(tmp_path):
     assert rows[0]["evaluation/train_loss"] == pytest.approx(model.evaluate(x, y, verbose=0), rel=1e-5)
 
 
+def test_of_a_run_whose_files_are_lost_what_has_ended_it_is_told(tmp_path, worker):
+    class Losing(Observer):
+        def update(self, progress):
+            (tmp_path / "run" / "metrics.csv").unlink()
+
+    with pytest.raises(NotSavedError, match="metrics.csv"):
+        runner.run(Experiment(data="embedded"), tmp_path / "run", cache_dir=tmp_path / "cache", observer=Losing())
+
+
 def test_on_a_full_disk_what_is_told_is_the_state_that_could_not_be_written(tmp_path, monkeypatch, worker):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -13,7 +13,7 @@ from tff_fedavg.integer import as_integer
 
 
 class CentralizedSGD:
-    """SGD on the examples of all clients together, with the interface, state and metrics of `build_fed_avg`'s process.
+    """SGD on the examples of all clients together: `initialize` and `next`, on the state that `build_fed_avg` has.
 
     It runs in this process on all cores, not in TFF's worker: a computation call per update would take longer than the
     update. The examples stay on disk; each update reads its own.

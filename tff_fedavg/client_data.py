@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import inspect
 import json
-import operator
 import os
 import pathlib
 import sys
@@ -22,6 +21,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_fedavg import client_files, columns
+from tff_fedavg.integer import as_integer
 from tff_fedavg.scratch import locked, remove_left, scratch_directory
 from tff_fedavg.traced import TracedFunction, first_error
 
@@ -156,7 +156,7 @@ class ClientDataset:
             directory = scratch.enter_context(scratch_directory()) / "client_dataset"
             atexit.register(lambda: os.getpid() == owner and scratch.close())  # A fork leaves them to this process.
         directory = pathlib.Path(directory)
-        are_new = client_files.add_files(directory, clients, num_clients)
+        are_new = client_files.write_client_dataset(directory, clients, num_clients)
         try:
             return cls(directory, preprocess_fn)
         except BaseException:
@@ -190,21 +190,8 @@ class ClientDataset:
             raise TypeError(f"client_ids is {client_ids!r}: it takes a list of integers, such as [0]") from e
         if not given:
             raise ValueError("client_ids is empty: it takes at least one client")
-        checked = []
-        for client_id in given:
-            value = client_id.numpy() if hasattr(client_id, "numpy") else client_id
-            try:
-                if isinstance(value, (bool, np.bool_)):  # An integer to Python.
-                    raise TypeError("it is a bool")
-                checked.append(operator.index(value))
-            except TypeError as e:
-                shown = repr(value)
-                if len(shown) > 60 or "\n" in shown:  # A state, for example: the arguments are swapped.
-                    shown = f"a {type(value).__name__}"
-                raise TypeError(f"client_ids has {shown}: it takes integers") from e
-            if not 0 <= checked[-1] < self.num_clients:
-                raise ValueError(f"client_ids has {value}, but the clients are 0 to {self.num_clients - 1}")
-        return checked
+        values = (client_id.numpy() if hasattr(client_id, "numpy") else client_id for client_id in given)
+        return [as_integer(f"client_ids[{i}]", value, 0, self.num_clients - 1) for i, value in enumerate(values)]
 
     def read(self, client_id: tf.Tensor) -> tf.Tensor:
         """Reads P_k, in the graph.

@@ -35,8 +35,8 @@ class DamagedFilesError(ValueError):
 
 
 def write_client_dataset(
-    directory: str | os.PathLike[str], clients: Iterable[Mapping[str, Any]], *, num_clients: int | None = None
-) -> None:
+    directory: str | os.PathLike[str], clients: Iterable[Mapping[str, Any]], num_clients: int | None = None
+) -> bool:
     """Writes client files, which are there as a whole or not at all. Holds one client in memory at a time.
 
     Args:
@@ -47,25 +47,15 @@ def write_client_dataset(
         float32, float64 or complex.
       num_clients: Length of `clients`, for the progress bar.
 
+    Returns:
+      Whether they are new: the directory may have had files of the same examples.
+
     Raises:
       TypeError: If a client is not a mapping from strings.
       ValueError: If there is no client, a column cannot be stored, a client's columns are not those of the clients
-        before it, or the directory has client files.
+        before it, or the directory has client files of other examples.
     """
     directory = pathlib.Path(directory)
-    if (directory / MANIFEST).exists():
-        raise ValueError(
-            f"{directory} has client files: open them with ClientDataset(directory, preprocess_fn), or remove them"
-        )
-    add_files(directory, clients, num_clients)
-
-
-def add_files(directory: pathlib.Path, clients: Iterable[Mapping[str, Any]], num_clients: int | None) -> bool:
-    """Writes client files into a directory; returns whether they are new, and not there already.
-
-    Raises:
-      ValueError: As `write_client_dataset`, if the directory has client files of other examples.
-    """
     directory.mkdir(parents=True, exist_ok=True)
     with locked(directory):
         are_there = (directory / MANIFEST).exists()

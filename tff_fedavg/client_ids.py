@@ -11,8 +11,8 @@ from tff_fedavg import runtime
 from tff_fedavg.client_data import ClientDataset
 
 
-def for_clients_of(client_dataset: ClientDataset, computation: tff.Computation) -> tff.Computation:
-    """Returns the computation `(value@SERVER, client_ids@CLIENTS)` for ids that are integers of any kind.
+class ForClients(runtime.Computation):
+    """The computation `(value@SERVER, client_ids@CLIENTS)` for ids that are integers of any kind.
 
     Where the computation takes a list of ids from each TFF client, they are dealt out into such lists.
 
@@ -21,10 +21,7 @@ def for_clients_of(client_dataset: ClientDataset, computation: tff.Computation) 
       ValueError: When it is called, if there is no such client, or none is given.
       ComputationError: When it is called, if it fails on a client: with the client and its files.
     """
-    return _ForClients(client_dataset, computation)
 
-
-class _ForClients(runtime.Computation):
     def __init__(self, client_dataset: ClientDataset, computation: tff.framework.ConcreteComputation):
         super().__init__(computation)
         self._client_dataset = client_dataset

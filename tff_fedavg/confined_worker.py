@@ -170,10 +170,8 @@ def _move(source: socket.socket, sink: socket.socket) -> None:
         os.close(reader)
         os.close(writer)
         for end in (source, sink):
-            try:
+            with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
 
 if __name__ == "__main__":

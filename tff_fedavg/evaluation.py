@@ -9,7 +9,7 @@ import tensorflow_federated as tff
 import tqdm
 
 from tff_fedavg.client_data import ClientDataset
-from tff_fedavg.client_ids import for_clients_of
+from tff_fedavg.client_ids import ForClients
 from tff_fedavg.fed_avg import check_model_and_data
 from tff_fedavg.integer import as_integer
 
@@ -44,7 +44,7 @@ def build_fed_eval(
         unfinalized = tff.federated_map(client_metrics, (tff.federated_broadcast(weights), client_ids))
         return tff.learning.metrics.sum_then_finalize(model.finalize_metrics)(unfinalized)
 
-    return for_clients_of(client_dataset, fed_eval)
+    return ForClients(client_dataset, fed_eval)
 
 
 def build_client_eval(
@@ -73,7 +73,7 @@ def build_client_eval(
         unfinalized = tff.federated_map(client_metrics, (tff.federated_broadcast(weights), client_ids))
         return tff.federated_map(finalize, unfinalized)
 
-    return for_clients_of(client_dataset, client_eval)
+    return ForClients(client_dataset, client_eval)
 
 
 def for_all_clients(

@@ -26,7 +26,7 @@ import tensorflow_federated as tff
 
 from tff_fedavg import runtime
 from tff_fedavg.client_data import ClientDataset
-from tff_fedavg.client_ids import for_clients_of
+from tff_fedavg.client_ids import ForClients
 from tff_fedavg.client_update import (
     as_epochs_and_batch_size,
     client_gradient,
@@ -312,7 +312,7 @@ class _LearningProcess(tff.learning.templates.LearningProcess):
 
     def __init__(self, client_dataset: ClientDataset, *computations: tff.Computation):
         super().__init__(*map(runtime.Computation, computations))
-        self._checked_next = for_clients_of(client_dataset, super().next)
+        self._checked_next = ForClients(client_dataset, super().next)
 
     @property
     def next(self):

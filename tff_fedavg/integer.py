@@ -21,8 +21,17 @@ def as_integer(name: str, value: Any, lowest: int = 1, highest: int = INT32_MAX)
       TypeError: If it is no integer.
       ValueError: If it is out of range.
     """
-    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} is {value!r}; it must be an integer")
-    if not lowest <= operator.index(value) <= highest:
-        raise ValueError(f"{name} is {value}; it must be from {lowest:,} to {highest:,}")
-    return operator.index(value)
+    try:
+        if isinstance(value, (bool, np.bool_)):  # An integer to Python.
+            raise TypeError("it is a bool")
+        integer = operator.index(value)
+    except TypeError as e:
+        raise TypeError(f"{name} is {_shown(value)}; it must be an integer") from e
+    if not lowest <= integer <= highest:
+        raise ValueError(f"{name} is {integer}; it must be from {lowest:,} to {highest:,}")
+    return integer
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 and "\n" not in shown else f"a {type(value).__name__}"

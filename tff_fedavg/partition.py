@@ -116,14 +116,12 @@ def dirichlet(labels: np.ndarray, num_clients: int, seed: int, *, alpha: float) 
     _check_counts(len(labels), num_clients, num_clients)
     if not isinstance(alpha, numbers.Real) or not 0 < alpha < np.inf:
         raise ValueError(f"alpha is {alpha}; it must be a number above 0")
-    sizes = np.full(num_clients, len(labels) // num_clients)
-    sizes[: len(labels) % num_clients] += 1
     rng = np.random.default_rng(seed)
     _, label_ids, left = np.unique(labels, return_inverse=True, return_counts=True)
     order = rng.permutation(len(labels))
     pools = np.split(order[np.argsort(label_ids[order], kind="stable")], np.cumsum(left)[:-1])
     clients = []
-    for size in sizes:
+    for size in map(len, np.array_split(labels, num_clients)):
         log_q = _log_dirichlet(alpha * left / left.sum(), rng)
         taken = np.zeros_like(left)
         # In a draw all at once, what exceeds a label is what would have been drawn anew one by one.

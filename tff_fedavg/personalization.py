@@ -7,7 +7,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_fedavg.client_data import ClientDataset
-from tff_fedavg.client_ids import for_clients_of
+from tff_fedavg.client_ids import ForClients
 from tff_fedavg.client_update import as_epochs_and_batch_size, client_update, minibatch_seed
 from tff_fedavg.evaluation import metrics_state, model_weights_type
 from tff_fedavg.fed_avg import check_model_and_data, traced_learning_rate
@@ -97,4 +97,4 @@ def build_personalization_eval(
     def personalization_eval(weights, client_ids):
         return tff.federated_map(personalize, (tff.federated_broadcast(weights), client_ids))
 
-    return for_clients_of(client_dataset, personalization_eval)
+    return ForClients(client_dataset, personalization_eval)

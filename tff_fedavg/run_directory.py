@@ -85,9 +85,8 @@ class RunDirectory:
           after_round: The round that it goes on after; 0 for a new run.
 
         Raises:
-          ValueError: If the directory holds a run on other data, or cannot be written.
+          ValueError: If it cannot be written.
         """
-        check_data(self.path, checksums)
         held = read_config(self.path)
         if held is None or not after_round:
             changes = []

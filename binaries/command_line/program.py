@@ -172,7 +172,7 @@ def _is_tensorflows(error: BaseException) -> bool:
     return isinstance(error, tf.errors.OpError)
 
 
-def _nobody_reads(pipe: TextIO | None) -> bool:
+def _nobody_reads(pipe: TextIO) -> bool:
     """Whether the other end of a pipe is closed."""
     poll = select.poll()
     poll.register(pipe, 0)

@@ -80,6 +80,6 @@ class ProgressPrinter(Observer):
 
 
 def _can_show_a_bar() -> bool:
-    if sys.stdout is None or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+    if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
         return False
     return os.get_terminal_size(sys.stdout.fileno()).columns >= _COLUMNS_OF_A_BAR

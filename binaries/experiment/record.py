@@ -45,6 +45,11 @@ def _default_learning_rate(experiment: "Experiment") -> float | None:
     return tasks.TASKS[experiment.task].learning_rate if is_known else None
 
 
+def _default_dirichlet_alpha(experiment: "Experiment") -> float | None:
+    is_known = experiment.task in tasks.TASKS and experiment.partition == "dirichlet"
+    return tasks.DIRICHLET_ALPHA if is_known else None
+
+
 def _is_federated(experiment: "Experiment") -> bool:
     return experiment.algorithm != "sgd"
 
@@ -54,7 +59,8 @@ class Experiment:
     """What a run computes, and when it stops; each field is a flag of `binaries.train`, whose help says what it is.
 
     None is the default, which depends on the task and the algorithm: it is filled in. What stays None does not apply,
-    but for `clients` (the paper's number) and `target_accuracy` (the task's), which the task knows when it is built.
+    but for what is known when the task is built: `clients` (the paper's number), `target_accuracy` (the task's), what a
+    task of one's own has defaults for, and `clients_per_subround`.
 
         Experiment(task="mnist_2nn", rounds=20)
 
@@ -79,10 +85,10 @@ class Experiment:
     dirichlet_alpha: float | None = field(
         "alpha of the partition dirichlet (Hsu et al. 2019): near 0 a client has one label, at 100 the partition is "
         "all but IID. By default 1.",
-        lambda experiment: 1.0 if experiment.partition == "dirichlet" else None,
+        _default_dirichlet_alpha,
         takes=(0, 1e6),
         above=True,
-        needs=("partition", "dirichlet"),
+        needs=("partition", "dirichlet", None),  # A task of one's own may have no other partition.
     )
     clients: int | None = field("K, the number of clients; by default the paper's.", takes=(1, INT32_MAX))
     seed: int = field(
@@ -120,7 +126,7 @@ class Experiment:
     )
     learning_rate: float = field(
         "eta, the learning rate; by default one that the paper names for the model, with SGD with or without momentum.",
-        lambda experiment: _default_learning_rate(experiment),
+        _default_learning_rate,
         takes=(0, _FLOAT32_MAX),
         above=True,
     )

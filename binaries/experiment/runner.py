@@ -108,7 +108,7 @@ def run(
                     on_mended=observer.warn,
                 )
             except BaseException as e:
-                with contextlib.suppress(OSError):  # What has ended the training is what is to be told.
+                with contextlib.suppress(OSError, ValueError):  # What has ended the training is what is to be told.
                     draw()
                 if not isinstance(e, training.DivergedError):
                     raise

@@ -26,7 +26,7 @@ class Setting:
     default: Any | Mapping[str, Any] | Callable[[Any], Any] = None
     takes: tuple[Any, ...] = ()
     above: bool = False
-    needs: tuple[str, ...] = ()
+    needs: tuple[str | None, ...] = ()
     may_differ: bool = False
     kind: type = str
 
@@ -70,7 +70,7 @@ class Setting:
         found = getattr(experiment, name)
         if found in values or (not values and found is not None):
             return ""
-        return f"--{name}={' or '.join(values)}" if values else f"--{name}"
+        return f"--{name}={' or '.join(filter(None, values))}" if values else f"--{name}"
 
 
 def field(help: str, default: Any = None, **more: Any) -> Any:

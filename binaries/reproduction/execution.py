@@ -1,6 +1,5 @@
 """One run of the plan, in a process of the pool: trains, gives a rate up that cannot win, and leaves outcome.json."""
 
-import datetime
 import pathlib
 import sys
 from collections.abc import Callable
@@ -106,5 +105,4 @@ def _outcome(run: Run, directory: pathlib.Path, ended: str | None) -> dict:
         "rounds_to_target": reached,
         "best_accuracy": max(accuracies),
         "training_seconds": round(sum(row.get("training_time_in_seconds", 0.0) for row in metrics), 1),
-        "date": datetime.date.today().isoformat(),
     }

@@ -5,7 +5,6 @@ Both parents are a round of Federated Averaging with one client of the IID parti
 """
 
 import csv
-import datetime
 import io
 import pathlib
 from collections.abc import Callable, Sequence
@@ -105,7 +104,7 @@ def execute(
     directory.mkdir(parents=True, exist_ok=True)
     with replacement(directory / _LOSSES_CSV) as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows([_FIELDS, *zip(THETAS.round(6).tolist(), losses)])
-    write_outcome(directory, {"date": datetime.date.today().isoformat()}, _LOSSES_CSV)
+    write_outcome(directory, {}, _LOSSES_CSV)
     best = int(np.argmin(losses))
     return f"lowest loss {losses[best]:.4f} at theta {THETAS[best]:.2f}, highest {max(losses):.4f}"
 

@@ -31,8 +31,10 @@ class Measured:
         target = learning_curve.Target(row.target)
         for run in self.runs:
             rounds, accuracies = evaluations(run, results_dir)
+            if not rounds:
+                continue  # Damaged since it ended, which is told.
             reached = target.rounds(rounds, accuracies)
-            rank = (1, -max(accuracies)) if reached is None else (0, reached)
+            rank = grid.rank({**run.outcome(results_dir), "rounds_to_target": reached}, run.learning_rate)
             if self.run is None or rank < self._best:
                 self.run, self.rounds, self._best = run, reached, rank
                 self.last_round, self._accuracy = rounds[-1], max(accuracies)

@@ -3,6 +3,7 @@
 A file that is not what was written is told on stderr, once, and its run counts as not run: the rest is not held up.
 """
 
+import datetime
 import hashlib
 import pathlib
 import sys
@@ -20,7 +21,7 @@ _told = set()
 
 
 def write_outcome(directory: pathlib.Path, outcome: Mapping[str, Any], table: str) -> None:
-    """Writes outcome.json.
+    """Writes outcome.json, with the date.
 
     Args:
       directory: The run directory.
@@ -32,7 +33,7 @@ def write_outcome(directory: pathlib.Path, outcome: Mapping[str, Any], table: st
     """
     content = (directory / table).read_bytes()
     fingerprint = {"name": table, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    write_record(directory / _OUTCOME_JSON, {**outcome, _TABLE: fingerprint})
+    write_record(directory / _OUTCOME_JSON, {"date": datetime.date.today().isoformat(), **outcome, _TABLE: fingerprint})
 
 
 def read_outcome(directory: pathlib.Path) -> Mapping[str, Any] | None:

@@ -246,11 +246,7 @@ def figures(shrunk: bool = False) -> Mapping[int, Figure]:
             "test accuracy on CIFAR-10, eta with decay",
             accuracy,
             tuple(
-                Curve(
-                    "cifar_cnn",
-                    f"{label} eta={rate}",
-                    _table_run(cell, rate, 3000),
-                )
+                Curve("cifar_cnn", f"{label} eta={rate}", _table_run(cell, rate, 3000))
                 for label, cell in (
                     ("FedAvg", Cell("cifar_cnn", "iid", "fedavg", 0.1, 5, 50)),
                     ("FedSGD", Cell("cifar_cnn", "iid", "fedsgd", 0.1, 1, None)),
