@@ -124,6 +124,53 @@ class OwnLoss(OwnStep):
         return 100.0 * tf.reduce_mean(y_pred)
 
 
+class OwnTest(OwnStep):
+    train_step = tf.keras.Model.train_step
+
+    def test_step(self, data):
+        return {"loss": 0.0}
+
+
+def with_a_step_of_its_own():
+    model = sequential()
+    model.train_step = lambda data: {"loss": 0.0}
+    return model
+
+
+class TwoOutputsInTraining(tf.keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.parts = [layers.Dense(3), layers.Dense(3)]
+
+    def call(self, x, training=False):
+        outputs = [part(x) for part in self.parts]
+        return outputs if training else outputs[0]
+
+
+class HeadInTraining(tf.keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense, self.head = layers.Dense(3), layers.Dense(2)
+
+    def call(self, x, training=False):
+        if training:
+            self.add_loss(tf.reduce_mean(self.head(x) ** 2))
+        return self.dense(x)
+
+
+class OwnWeights(tf.keras.Model):
+    def build(self, shape):
+        self.kernel = self.add_weight("kernel", [4, 3])
+
+    def call(self, x):
+        return tf.matmul(x, tf.cast(self.kernel, x.dtype))
+
+
+def in_float16():
+    with global_policy("mixed_float16"):
+        return OwnWeights()
+
+
 def two_outputs():
     x = layers.Input([4])
     return tf.keras.Model(x, [layers.Dense(3)(x), layers.Dense(3)(x)])
@@ -416,7 +463,12 @@ def absolute_in_python(x):
             "dense.*/kernel:0 is float64; take float32, or the policy mixed_bfloat16",
         ),
         (OwnStep, "OwnStep has a train_step of its own, which would not be called"),
-        (OwnLoss, "OwnLoss has a compute_loss of its own, which would not be called"),
+        (OwnLoss, "OwnLoss has a compute_loss of its own, .*: give what it computes as the loss, or by add_loss"),
+        (OwnTest, "OwnTest has a test_step of its own, .*: give what it computes as metrics"),
+        (with_a_step_of_its_own, "Sequential has a train_step of its own, which would not be called"),
+        (TwoOutputsInTraining, "the model has 2 outputs, and Keras's losses are for one"),
+        (HeadInTraining, "the model makes .*/kernel:0, .*/bias:0 only when it is called: .* with training=True too"),
+        (in_float16, "has the policy mixed_float16"),
         (two_outputs, "the model has 2 outputs, and Keras's losses are for one: give a function of"),
         (
             lambda: tf.keras.Sequential([sequential(), layers.Lambda(tf.stop_gradient)]),
@@ -610,6 +662,35 @@ def test_a_function_is_a_metric_as_in_keras(worker, arrays, dataset_of, function
     outputs = (arrays["x"] @ kernel + bias)[:, 0]
     found = build_fed_eval(functional, dataset, batch_size=5)(weights, [0])["deviation"]
     assert found == pytest.approx(np.mean(np.abs(arrays["value"] - outputs) ** 1.5), rel=1e-5)
+
+
+def right(y_true, y_pred):
+    return tf.argmax(y_pred, -1) == tf.cast(tf.reshape(y_true, [-1]), tf.int64)
+
+
+class ShareOfOthers(tf.keras.metrics.Mean):
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        return super().update_state(tf.cast(tf.reshape(y_true, [-1]) != 1, tf.float32))
+
+
+def test_metrics_of_ones_own_may_compare_and_use_what_is_outside_of_them(worker, arrays, dataset_of):
+    """In the graphs that TFF builds `==` would be False for all of two tensors."""
+    weights = tf.constant(np.linspace(1, 2, 3), tf.float32)
+
+    def weighted(y_true, y_pred):
+        return tf.gather(weights, tf.cast(tf.reshape(y_true, [-1]), tf.int32)) * tf.cast(
+            right(y_true, y_pred), tf.float32
+        )
+
+    model = sequential()
+    metrics = [right, ShareOfOthers("others"), weighted]
+    found = evaluate(worker, model, SPARSE, dataset_of("x", "label"), metrics)
+    labels = arrays["label"]
+    is_right = model.predict(arrays["x"], verbose=0).argmax(-1) == labels
+    assert found["right"] == pytest.approx(is_right.mean())
+    assert 0 < is_right.mean() < 1
+    assert found["others"] == pytest.approx((labels != 1).mean())
+    assert found["weighted"] == pytest.approx(np.mean(np.linspace(1, 2, 3)[labels] * is_right), rel=1e-5)
 
 
 def test_a_function_of_several_outputs_is_a_metric(worker, arrays):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tensorflow_federated as tff
 from numpy_model import loss_and_gradient, max_difference
 from tff_reference import run_rounds_of_tff, split
@@ -135,6 +136,41 @@ def test_an_optimizer_that_fails_in_the_graph_is_named(model, client_dataset, ar
     with pytest.raises(ValueError, match=f"^{argument} is a _AdafactorOptimizer, which fails: ") as error:
         build_fed_avg(model, client_dataset, **settings)
     assert "\n" not in str(error.value)
+
+
+class OnEvenSteps(optimizers.Optimizer):
+    """SGD that takes every other step. In the graphs that TFF builds `==` would be False."""
+
+    def __init__(self, rate=1.0):
+        self.rate = rate
+
+    def initialize(self, specs):
+        return tf.constant(0)
+
+    def next(self, step, weights, gradients):
+        rate = tf.where(step % 2 == 0, self.rate, 0.0)
+        return step + 1, tuple(w - rate * g for w, g in zip(weights, gradients))
+
+
+class Noisy(OnEvenSteps):
+    def next(self, state, weights, gradients):
+        return state, tuple(w - g + tf.random.normal(w.shape) for w, g in zip(weights, gradients))
+
+
+def test_an_optimizer_of_ones_own_may_compare(worker, model, client_dataset):
+    process = build_fed_sgd(model, client_dataset, learning_rate=0.5, server_optimizer=OnEvenSteps())
+    sgd = build_fed_sgd(model, client_dataset, learning_rate=0.5)
+    expected = weights_of(run_rounds(sgd, 1))
+    assert max_difference(weights_of(run_rounds(process, 1)), expected) == 0
+    assert max_difference(weights_of(run_rounds(process, 2)), expected) == 0
+    own = build_fed_avg(model, client_dataset, epochs=2, batch_size=None, client_optimizer=OnEvenSteps(0.1))
+    one = build_fed_avg(model, client_dataset, epochs=1, batch_size=None, learning_rate=0.1)
+    assert max_difference(weights_of(run_rounds(own, 1)), weights_of(run_rounds(one, 1))) < 1e-7
+
+
+def test_an_optimizer_that_draws_the_same_in_each_step_is_refused(model, client_dataset):
+    with pytest.raises(ValueError, match="^server_optimizer is a Noisy, which draws random numbers, the same in each"):
+        build_fed_sgd(model, client_dataset, learning_rate=0.5, server_optimizer=Noisy())
 
 
 def test_fed_sgd_takes_a_server_optimizer(worker, model, client_dataset):

@@ -374,6 +374,23 @@ def test_worker_within_a_worker_leaves_the_outer_one_in_use(worker):
     busy_clients([0.0])
 
 
+def test_the_worker_that_is_left_is_no_longer_used_and_the_one_entered_after_it_is(worker):
+    """As where a notebook's cell that enters one is run again."""
+    first, second = local_worker(), local_worker()
+    first.__enter__()
+    context = tff.framework.get_context_stack().current
+    second.__enter__()
+    busy_clients = build_busy_clients()
+    first.__exit__(None, None, None)
+    assert tff.framework.get_context_stack().current is not context
+    assert busy_clients([0.0]) >= 1
+    second.__exit__(None, None, None)
+    with tff.framework.get_context_stack().install(context):
+        with pytest.raises(RuntimeError, match="this worker has been left: enter local_worker.. or remote_workers"):
+            busy_clients([0.0])
+    assert busy_clients([0.0]) >= 1
+
+
 def test_the_worker_is_told_to_compute_each_client_in_one_thread(worker):
     (process,) = (p for p in psutil.Process().children(recursive=True) if p.name() == "worker_binary")
     assert process.environ()["TF_NUM_INTRAOP_THREADS"] == "1"

@@ -189,6 +189,31 @@ def test_what_cannot_be_copied_is_refused_in_one_line(fn, error, message):
 
 
 @pytest.mark.parametrize(
+    ("switch_on", "switch_off", "message"),
+    [
+        (
+            lambda: tf.config.run_functions_eagerly(True),
+            lambda: tf.config.run_functions_eagerly(False),
+            r"tf.config.run_functions_eagerly\(True\) is on",
+        ),
+        (
+            tf.debugging.enable_check_numerics,
+            tf.debugging.disable_check_numerics,
+            r"tf.debugging.enable_check_numerics\(\) or the like is on",
+        ),
+    ],
+)
+def test_what_debugs_tensorflow_is_refused_in_one_line(switch_on, switch_off, message):
+    switch_on()
+    try:
+        with pytest.raises((RuntimeError, ValueError), match=message) as error:
+            TracedFunction("it", lambda x: 2 * x, [tf.TensorSpec([], tf.float32)])
+    finally:
+        switch_off()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("preprocess", "message"),
     [
         (lambda example: example["x"], r"preprocess_fn fails: ValueError: it must return \(x, y\)"),

@@ -1,7 +1,6 @@
 """ClientUpdate(k, w) of Algorithm 1, and the client's half of FedSGD, as plain TensorFlow functions."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -9,7 +8,6 @@ import tensorflow_federated as tff
 
 from tff_fedavg.functional_model import KerasFunctionalModel
 from tff_fedavg.integer import INT32_MAX, as_integer
-from tff_fedavg.traced import first_error
 
 # The trainable weights, or a gradient by them.
 Weights = Sequence[tf.Tensor]
@@ -69,8 +67,7 @@ def client_update(
     if optimizer is None and proximal_strength:
         optimizer = tff.learning.optimizers.build_sgdm()
 
-    with naming("client_optimizer", optimizer):
-        optimizer_state = _optimizer_state(optimizer, weights, learning_rate)
+    optimizer_state = _optimizer_state(optimizer, weights, learning_rate)
 
     def next_batch(step, loss_sum, w, optimizer_state):
         start = step % batches_per_epoch * batch_size
@@ -85,8 +82,7 @@ def client_update(
             gradient = _dense(gradient, w)
             if proximal_strength:
                 gradient = [g + proximal_strength * (v - v_t) for g, v, v_t in zip(gradient, w, weights.trainable)]
-            with naming("client_optimizer", optimizer):
-                optimizer_state, w = optimizer.next(optimizer_state, tuple(w), tuple(gradient))
+            optimizer_state, w = optimizer.next(optimizer_state, tuple(w), tuple(gradient))
         return step + 1, loss_sum + loss * tf.cast(tf.size(indices), tf.float32), list(w), optimizer_state
 
     _, loss_sum, w, _ = tf.while_loop(
@@ -186,17 +182,6 @@ def loss_and_gradient(
     return loss, tape.gradient(scaled_loss, weights[0])
 
 
-@contextlib.contextmanager
-def naming(argument: str, optimizer: Any) -> Iterator[None]:
-    """Has an optimizer that fails in the graph named in one line, as a `ValueError`."""
-    try:
-        yield
-    except ValueError:
-        raise
-    except Exception as e:  # Of any kind: it may be somebody else's code.
-        raise ValueError(f"{argument} is a {type(optimizer).__name__}, which fails: {first_error(e)}") from e
-
-
 def _optimizer_state(optimizer, weights, learning_rate):
     if optimizer is None:
         return ()
@@ -205,8 +190,8 @@ def _optimizer_state(optimizer, weights, learning_rate):
         rate = tff.learning.optimizers.LEARNING_RATE_KEY
         if rate not in optimizer.get_hparams(state):
             raise ValueError(
-                f"learning_rate is given, but {type(optimizer).__name__} has none in its hyperparameters that it could "
-                "replace: leave it out"
+                "learning_rate is given, but client_optimizer has none in its hyperparameters that it could replace: "
+                "leave it out"
             )
         state = optimizer.set_hparams(state, {rate: learning_rate})
     return tf.nest.map_structure(tf.convert_to_tensor, state)

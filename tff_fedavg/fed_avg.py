@@ -32,9 +32,9 @@ from tff_fedavg.client_update import (
     client_gradient,
     client_update,
     minibatch_seed,
-    naming,
 )
-from tff_fedavg.traced import TracedFunction, first_error
+from tff_fedavg.traced import TracedFunction, first_error, fits
+from tff_fedavg.traced_optimizer import TracedOptimizer
 
 # eta: a number, or a function of the number of finished rounds (float32 scalar), such as a Keras schedule.
 LearningRate = float | Callable[[tf.Tensor], tf.Tensor]
@@ -96,7 +96,8 @@ def build_fed_avg(
         raise TypeError(f"proximal_strength (mu) is {proximal_strength!r}; it must be a number")
     if not 0 <= proximal_strength < np.inf:
         raise ValueError(f"proximal_strength (mu) is {proximal_strength}; it must be a number from 0 on")
-    _check_optimizer("client_optimizer", client_optimizer)
+    if client_optimizer is not None:
+        client_optimizer = TracedOptimizer("client_optimizer", client_optimizer, model.initial_weights[0])
     if learning_rate is not None or client_optimizer is None:
         learning_rate = traced_learning_rate(learning_rate)
 
@@ -173,7 +174,8 @@ def _build_learning_process(
     aggregator: Factory | None,
 ) -> tff.learning.templates.LearningProcess:
     """Builds the round that the module's docstring shows; `client_fn` computes d_k and the loss sum."""
-    _check_optimizer("server_optimizer", server_optimizer)
+    server_optimizer = tff.learning.optimizers.build_sgdm(1.0) if server_optimizer is None else server_optimizer
+    server_optimizer = TracedOptimizer("server_optimizer", server_optimizer, model.initial_weights[0])
     if not isinstance(client_weighting, ClientWeighting):
         raise TypeError(f"client_weighting is {client_weighting!r}; it must be a tff.learning.ClientWeighting")
 
@@ -195,9 +197,7 @@ def _build_learning_process(
         loss = tf.math.divide_no_nan(sums["loss"], tf.cast(sums["num_examples"], tf.float32))
         return collections.OrderedDict(train=collections.OrderedDict(loss=loss, num_examples=sums["num_examples"]))
 
-    server_optimizer = server_optimizer or tff.learning.optimizers.build_sgdm(1.0)
-    with naming("server_optimizer", server_optimizer):
-        finalizer = tff.learning.templates.build_apply_optimizer_finalizer(server_optimizer, weights_type)
+    finalizer = tff.learning.templates.build_apply_optimizer_finalizer(server_optimizer, weights_type)
 
     @tff.tensorflow.computation(np.int32)
     def increment(round_number):
@@ -387,23 +387,10 @@ def check_model_and_data(
     takes = tuple(takes.values() if isinstance(takes, Mapping) else takes)  # TFF's examples name them x and y.
     if not trains:
         takes, has = takes[:2], has[:2]
-    try:
-        each_fits = tf.nest.map_structure(lambda a, b: a.is_compatible_with(b), takes, has, check_types=False)
-        fits = all(tf.nest.flatten(each_fits))
-    except (TypeError, ValueError):  # Of another structure.
-        fits = False
-    if not fits:
+    if not fits(takes, has):
         takes, has = (tf.nest.map_structure(lambda s: f"{s.dtype.name} {s.shape}", spec) for spec in (takes, has))
         raise ValueError(
             f"model takes batches {takes}, and client_dataset has {has}: make the model with its batch_spec"
-        )
-
-
-def _check_optimizer(name: str, optimizer: Optimizer | None) -> None:
-    """Raises a `TypeError` for what is no optimizer of TFF."""
-    if optimizer is not None and not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"{name} is {optimizer!r}; it must be one of tff.learning.optimizers, such as build_sgdm(1.0, momentum=0.9)"
         )
 
 

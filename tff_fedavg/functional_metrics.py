@@ -59,7 +59,7 @@ def metrics_fns(
     predictions_spec = (output_spec, attached_spec) if takes_attached else output_spec
 
     def build(constructors):
-        fns = tff.learning.metrics.create_functional_metric_fns(constructors)
+        fns = _traced(*tff.learning.metrics.create_functional_metric_fns(constructors), y_spec, predictions_spec)
         made = [constructor() for constructor in constructors.values()]
         are_known = all(is_of_keras(metric) or type(metric).__module__.startswith("tff_fedavg.") for metric in made)
         _try_metrics(*fns, y_spec, predictions_spec, are_known)
@@ -77,6 +77,25 @@ def metrics_fns(
                     "in __init__ or build, to add to them in update_state, from zero, and to be one number"
                 ) from e
         raise
+
+
+def _traced(
+    initialize: Callable, update: Callable, finalize: Callable, y_spec: Any, predictions_spec: Any
+) -> tuple[Callable, Callable, Callable]:
+    """Returns TFF's functions of metrics, traced as Keras traces them: in TFF's graphs `==` compares Python objects."""
+    traced_initialize = TracedFunction("it", initialize, [])
+    state_spec = traced_initialize.output_spec
+    traced_update = TracedFunction(
+        "it",
+        lambda state, y, predictions: update(state, y, tff.learning.models.BatchOutput(predictions=predictions)),
+        [state_spec, y_spec, predictions_spec],
+    )
+
+    def update_with_batch_output(state, labels, batch_output, sample_weight=None):
+        del sample_weight  # As TFF does.
+        return traced_update(state, labels, batch_output.predictions)
+
+    return traced_initialize, update_with_batch_output, TracedFunction("it", finalize, [state_spec])
 
 
 def _try_metrics(

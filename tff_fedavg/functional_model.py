@@ -66,7 +66,9 @@ class KerasFunctionalModel(tff.learning.models.FunctionalModel):
         def loss_and_gradient(batch, scale):
             x, y, *sample_weight = batch
             with tf.GradientTape() as tape:
-                value = tf.cast(loss_fn(keras_model(x, training=True), y, *sample_weight), tf.float32)
+                output = keras_model(x, training=True)
+                _check_loss(loss, output)  # There may be more outputs than in `predict`.
+                value = tf.cast(loss_fn(output, y, *sample_weight), tf.float32)
                 if keras_model.losses:
                     value += tf.add_n([tf.cast(added, value.dtype) for added in keras_model.losses])
                 scaled_value = scale * value
@@ -91,6 +93,13 @@ class KerasFunctionalModel(tff.learning.models.FunctionalModel):
             )
         except ChangedVariableError as e:
             raise ValueError(_changed_in_training(keras_model, e)) from e
+        known = {id(v) for v in variables}
+        made = [v for part in ("trainable", "non_trainable") for v in variables_of(keras_model, part)]
+        if late := [v.name for v in made if id(v) not in known]:
+            raise ValueError(
+                f"the model makes {', '.join(late)} only when it is called: call it on a batch before, with "
+                "training=True too"
+            )
         matched = tf.function(lambda *args: _as_keras_has_them(*args)[0], autograph=False)
         matched_labels = matched.get_concrete_function(output_spec, y_spec).structured_outputs
         y_spec = tf.nest.map_structure(lambda label: tf.TensorSpec(label.shape, label.dtype), matched_labels)
@@ -158,7 +167,7 @@ def build_weights(keras_model: tf.keras.Model, x_spec: Any) -> None:
 def _check_model(keras_model: tf.keras.Model) -> None:
     if not keras_model.trainable_variables:
         raise ValueError("the model has no trainable weights")
-    for layer in layers_of(keras_model):
+    for layer in (keras_model, *layers_of(keras_model)):
         if layer.dtype_policy.name == "mixed_float16":
             raise ValueError(
                 f"layer {layer.name!r} has the policy mixed_float16, whose gradients vanish without loss scaling: take "
@@ -177,18 +186,20 @@ def _check_model(keras_model: tf.keras.Model) -> None:
                 f"{v.name} has the constraint {type(v.constraint).__name__}, which the average of weights that meet it "
                 "need not meet: leave it out"
             )
-    for name in ("train_step", "compute_loss"):
-        if getattr(type(keras_model), name) is not getattr(tf.keras.Model, name):
+    instead = "as the loss, or by add_loss"
+    for name in ("train_step", "compute_loss", "test_step", "compute_metrics"):
+        if name in vars(keras_model) or getattr(type(keras_model), name) is not getattr(tf.keras.Model, name):
             raise ValueError(
                 f"{type(keras_model).__name__} has a {name} of its own, which would not be called: give what it "
-                "computes as the loss, or by add_loss"
+                f"computes {instead if name in ('train_step', 'compute_loss') else 'as metrics'}"
             )
 
 
-def _check_loss(loss: Loss, output_spec: Any) -> None:
-    if (isinstance(loss, str) or is_of_keras(loss)) and not isinstance(output_spec, tf.TensorSpec):
+def _check_loss(loss: Loss, output: Any) -> None:
+    """Checks that a loss is for the outputs, or the specs of them, of a model."""
+    if (isinstance(loss, str) or is_of_keras(loss)) and tf.nest.is_nested(output):
         raise ValueError(
-            f"the model has {len(tf.nest.flatten(output_spec))} outputs, and Keras's losses are for one: give a "
+            f"the model has {len(tf.nest.flatten(output))} outputs, and Keras's losses are for one: give a "
             "function of (y_true, y_pred) that takes all of them"
         )
 

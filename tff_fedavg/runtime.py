@@ -159,8 +159,12 @@ def _run_in(workers: Sequence[Worker], clients_per_subround: int | None, timeout
     if clients_per_subround is not None:
         clients_per_subround = as_integer("clients_per_subround", clients_per_subround)
     with contextlib.closing(_Context(workers, clients_per_subround, timeout)) as context:
-        with tff.framework.get_context_stack().install(context):
+        contexts = tff.framework.get_context_stack()._stack
+        contexts.append(context)
+        try:
             yield
+        finally:
+            contexts.remove(context)  # `install` takes the last one away, which may be that of a cell run again.
 
 
 class _Context(tff.framework.SyncContext):
@@ -253,6 +257,8 @@ class _Queue:
 
     def submit(self, comp: Any, arg: Any, *, urgent: bool = False) -> concurrent.futures.Future:
         """Has a worker compute, an urgent computation before the others. Returns the result to come."""
+        if self._closed.is_set():
+            raise RuntimeError("this worker has been left: enter local_worker() or remote_workers() again")
         job = _Job((not urgent, next(self._counter)), comp, arg)
         self._jobs.put(job)
         return job.result

@@ -63,6 +63,7 @@ class TracedFunction:
           ChangedVariableError: If the function changes a variable.
           ValueError: If there is something else in it that cannot be copied into another graph.
         """
+        _require_graphs()
         try:
             graph = tf.function(fn).get_concrete_function(*specs).graph
         except Exception as e:  # Of any kind: it is somebody else's code.
@@ -100,6 +101,11 @@ class TracedFunction:
         """The `tf.TensorSpec`s of what the function returns; None for None."""
         return tf.nest.map_structure(lambda t: t if t is None else tf.TensorSpec(t.shape, t.dtype), self._structure)
 
+    @property
+    def is_random(self) -> bool:
+        """Whether there are random operations in it, which the same seed has draw the same."""
+        return self._num_seeds > 0
+
     def __call__(self, *args: Any, variables: Sequence[tf.Tensor] = (), seed: tf.Tensor | None = None) -> Any:
         """Calls the function, in any graph or in eager mode.
 
@@ -112,9 +118,10 @@ class TracedFunction:
           What the function returns.
         """
         if tf.executing_eagerly():
+            _require_graphs()
             return self._in_eager_mode(*args, variables=variables, seed=seed)
         tensors = dict(zip(self._inputs, tf.nest.flatten(args, expand_composites=True), strict=True))
-        if self._num_seeds:
+        if self.is_random:
             seed = tf.zeros([2], tf.int64) if seed is None else tf.cast(seed, tf.int64)
             seeds = tf.unstack(tf.random.experimental.stateless_split(seed, self._num_seeds))
         else:
@@ -182,12 +189,21 @@ class TracedFunction:
         return rewritten
 
 
+def _require_graphs() -> None:
+    if tf.config.functions_run_eagerly():
+        raise RuntimeError("tf.config.run_functions_eagerly(True) is on, with which TFF makes no graphs: switch it off")
+
+
 def _check(name: str, graph_def: tf.compat.v1.GraphDef, variable_of: Mapping[str, tf.Variable]) -> None:
     """Raises an error for operations that cannot be copied."""
     inner = list(itertools.chain.from_iterable(f.node_def for f in graph_def.library.function))
     for node in (*graph_def.node, *inner):
         if node.op.startswith(_CHANGES):
             raise ChangedVariableError(name, variable_of.get(node.input[0]))
+        if node.op.startswith("Debug"):
+            raise ValueError(
+                "tf.debugging.enable_check_numerics() or the like is on, which TFF's worker cannot: switch it off"
+            )
         if node.op in _CALLS_PYTHON:
             raise ValueError(f"{name} calls Python (tf.py_function or tf.numpy_function), which TFF's worker cannot")
         # What draws at random has two seeds, but for the stateless operations, and one that has none. Keras's LSTM and
@@ -203,6 +219,15 @@ def _check(name: str, graph_def: tf.compat.v1.GraphDef, variable_of: Mapping[str
                 f"{name} draws random numbers within a loop, a condition or a tf.function ({node.name}), where they "
                 "cannot be seeded: draw them outside of it"
             )
+
+
+def fits(specs: Any, others: Any) -> bool:
+    """Whether two nested structures of specs are alike, and those at the same places compatible."""
+    try:
+        compatible = tf.nest.map_structure(lambda a, b: a.is_compatible_with(b), specs, others, check_types=False)
+    except (TypeError, ValueError):  # Of another structure.
+        return False
+    return all(tf.nest.flatten(compatible))
 
 
 def first_error(error: Exception) -> str:
