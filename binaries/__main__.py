@@ -45,7 +45,7 @@ def _programs() -> dict[str, pathlib.Path]:
 
 def _purpose(path: pathlib.Path) -> str:
     """Returns how the program describes itself, up to the first comma or the like, without its import."""
-    return re.split("[,;:.]", ast.get_docstring(ast.parse(path.read_text())), maxsplit=1)[0]
+    return re.split("[,;:.]", ast.get_docstring(ast.parse(path.read_text("utf-8"))), maxsplit=1)[0]
 
 
 if __name__ == "__main__":

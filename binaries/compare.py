@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> None:
     print(table)
     _plot(output_dir / "comparison.png", runs, target, _X.value)
     with replacement(output_dir / "comparison.md") as temporary:
-        temporary.write_text(f"![{target.metric} over {_AXES[_X.value]}](comparison.png)\n\n{table}\n")
+        temporary.write_text(f"![{target.metric} over {_AXES[_X.value]}](comparison.png)\n\n{table}\n", "utf-8")
     print(f"see {output_dir}/comparison.png and {output_dir}/comparison.md")
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from absl import flags, logging
 
 from binaries.command_line import program, saved_run
+from binaries.command_line.output_dir import make_output_dir
 from tff_fedavg import run_directory
 from tff_fedavg.metrics_table import ROUND_FIELD
 from tff_fedavg.scratch import scratch_directory
@@ -55,7 +56,7 @@ def main() -> None:
 def _output() -> pathlib.Path:
     if not _OUTPUT.value:
         raise ValueError("--output is missing: give NAME.keras, or NAME for a SavedModel directory")
-    output = pathlib.Path(os.path.expanduser(_OUTPUT.value))
+    output = pathlib.Path(os.path.realpath(os.path.expanduser(_OUTPUT.value)))
     if output.suffix not in ("", ".keras"):
         raise ValueError(f"--output={output}: take a name that ends in .keras, or has no suffix")
     if output.exists():
@@ -64,6 +65,7 @@ def _output() -> pathlib.Path:
             raise ValueError(f"--output={output} exists, and is no model: take another name")
         if not _OVERWRITE.value:
             raise ValueError(f"--output={output} exists: take another name, or --overwrite")
+    make_output_dir(str(output.parent))
     return output
 
 
@@ -80,7 +82,6 @@ def _model(task: "Task", weights: "ModelWeights") -> "tf.keras.Model":
 
 
 def _save(model: "tf.keras.Model", output: pathlib.Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
     with scratch_directory(output.parent, f".{output.name}.") as directory:
         temporary = directory / output.name
         model.save(temporary)

@@ -62,14 +62,25 @@ _RESULTS_DIR = flags.DEFINE_string("results_dir", None, "Where the results are; 
 flags.adopt_module_key_flags(data_flags)
 flags.adopt_module_key_flags(worker_flags)
 
+# What only shows what there is, and the flags that make a difference to it.
+_COMMANDS = (
+    (_LIST, ("table", "figure", "rows", "rounds", "quick", "results_dir")),
+    (_REPORT, ("quick", "results_dir")),
+)
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 def main() -> None:
     if _LIST.value and _REPORT.value:
         raise ValueError("--list and --report are two commands: give one of them")
+    for command, takes in _COMMANDS:
+        for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]) if command.value else ():
+            if flag.present and flag.name not in (command.name, *takes):
+                raise ValueError(f"--{flag.name} is of no use with --{command.name}: leave it out")
     results_dir = pathlib.Path(os.path.expanduser(_RESULTS_DIR.value or "results" + "-quick" * _QUICK.value))
     if _REPORT.value:
+        if not results_dir.is_dir():
+            raise ValueError(f"--results_dir={results_dir}: there is no such directory")
         from binaries.reproduction import report
 
         print(report.write(results_dir, shrunk=_QUICK.value))

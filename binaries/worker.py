@@ -10,9 +10,12 @@ does not matter.
 """
 
 import collections
+import contextlib
+import fcntl
 import os
 import pathlib
 import time
+from collections.abc import Iterator
 
 from absl import flags
 
@@ -32,6 +35,11 @@ _CONFINED = flags.DEFINE_boolean(
 
 def main() -> None:
     address = _address()
+    with _reserved(address):
+        _serve(address)
+
+
+def _serve(address: str) -> None:
     process = _start(address)
     try:
         if not address.startswith("unix:"):
@@ -60,6 +68,21 @@ def _address() -> str:
         return check_address(_ADDRESS.value)
     except ValueError as e:
         raise ValueError(f"--address={e}") from e
+
+
+@contextlib.contextmanager
+def _reserved(address: str) -> Iterator[None]:
+    """Keeps others from the path of a socket: until it listens, and between two workers, it seems to be dead."""
+    with contextlib.ExitStack() as stack:
+        if address.startswith("unix:"):
+            with contextlib.suppress(OSError):  # Where there can be no file there is no socket either.
+                lock = os.open(f"{address.removeprefix('unix:')}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+                stack.callback(os.close, lock)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as e:
+                    raise RuntimeError(f"cannot listen at {address}: another worker does") from e
+        yield
 
 
 def _start(address: str) -> WorkerProcess:

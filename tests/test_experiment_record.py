@@ -162,6 +162,13 @@ def test_dependent_settings_need_another_one(name, value, others):
         Experiment(**{name: allowed})
 
 
+@pytest.mark.parametrize("name", ["server_beta_1", "server_beta_2"])
+def test_moments_that_nothing_is_added_to_are_refused(name):
+    """Adam divides by 1 - beta^t."""
+    with pytest.raises(ValueError, match=f"^--{name}=1.0: take a number from 0 to below 1"):
+        Experiment(server_optimizer="adam", server_learning_rate=0.1, **{name: 1.0})
+
+
 def test_ranges_of_all_fields_are_tested():
     assert {name for name, *_ in (*OUT_OF_RANGE, *DEPENDENT)} == SETTINGS.keys()
 

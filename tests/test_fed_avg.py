@@ -337,6 +337,7 @@ def test_aggregators_that_need_secure_sums_are_refused_before_the_round(model, c
         (dict(batch_size=0), r"batch_size \(B; None is B = inf\) is 0; it must be from 1 to"),
         (dict(learning_rate=-0.1), r"learning_rate \(eta\) is -0.1; it must be a number above 0"),
         (dict(learning_rate=float("nan")), r"learning_rate \(eta\) is nan"),
+        (dict(learning_rate=1e-46), r"learning_rate \(eta\) is 1e-46; it must be a number above 0, also in float32"),
         (dict(learning_rate=lambda t: 1 / "a"), "learning_rate fails: TypeError: "),
         (dict(learning_rate=lambda t: tf.constant([0.1, 0.2])), r"is a function that returns TensorSpec\(shape=\(2,\)"),
         (dict(learning_rate=lambda t: None), "is a function that returns None; it must return a number"),

@@ -185,6 +185,8 @@ for flag in flags.FLAGS.get_key_flags_for_module(name):
         ("train --learning-rate=5", "train: unknown flag --learning-rate: did you mean --learning_rate?"),
         ("compare --lr=5", "compare: unknown flag --lr: see --help"),
         ("train --zeroing=maybe", "train: --zeroing=maybe: take true or false"),
+        ("train --log_dir=here", "train: unknown flag --log_dir: did you mean --run_dir?"),
+        ("train --alsologtostderr", "train: unknown flag --alsologtostderr: see --help"),
         ("train --run_dir=", "train: --run_dir= is empty: give a value, or leave it out"),
         ("evaluate --workers=", "evaluate: --workers= is empty: give a value, or leave it out"),
         ("evaluate --run_dir=a/data=b", "evaluate: --run_dir=a/data=b holds no run: it has no config.json"),
@@ -232,6 +234,17 @@ def test_an_error_that_nobody_reads_is_no_other_error(closed_pipe):
 def test_another_broken_pipe_is_an_error():
     started = start("-c", program_of("raise BrokenPipeError(32, 'Broken pipe')"))
     assert end(started) == (2, "", "program: [Errno 32] Broken pipe\n")
+
+
+def test_code_that_ends_the_program_is_an_error():
+    told = "program: the program was ended from within, as by a sys.exit in the task's file\n"
+    assert end(start("-c", program_of("sys.exit(0)"))) == (2, "", told)
+
+
+def test_what_the_encoding_of_an_output_lacks_is_escaped():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    started = start("-c", program_of("print('ü'); raise ValueError('B = ∞')"), env=environment)
+    assert end(started) == (2, "\\xfc\n", "program: B = \\u221e\n")
 
 
 def test_an_output_that_cannot_be_written_is_an_error():
@@ -389,9 +402,11 @@ def test_a_stream_that_is_closed_leads_nowhere():
     assert (result.returncode, result.stdout, result.stderr) == (0, "True 2\n", "")
 
 
-def test_a_run_takes_no_notice_of_a_home_and_of_settings_for_other_pictures(tmp_path):
+def test_a_run_takes_no_notice_of_a_home_and_of_settings_for_other_models_and_pictures(tmp_path):
+    (tmp_path / "keras.json").write_text('{"floatx": "float16", "image_data_format": "channels_first"}')
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nno.such.key: 1\n")
     settings = {"HOME": "/proc/nothing", "MPLBACKEND": "none", "MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
+    settings["KERAS_HOME"] = str(tmp_path)
     environment = {**{k: v for k, v in os.environ.items() if k != "MPLCONFIGDIR"}, **settings}
     flags = ["--data=embedded", "--rounds=1", f"--run_dir={tmp_path}/run", f"--cache_dir={tmp_path}/cache"]
     result = run("train", *flags, env=environment)

@@ -267,6 +267,9 @@ def reproduce(*flags):
         (["--table=4", "--rows=mnist_cnn-*"], "--rows=mnist_cnn-* is no cell of what was asked for: see --list"),
         (["--list", "--report"], "--list and --report are two commands: give one of them"),
         (["--rounds=0"], "--rounds=0"),
+        (["--report", "--table=4"], "--table is of no use with --report: leave it out"),
+        (["--list", "--jobs=3"], "--jobs is of no use with --list: leave it out"),
+        (["--report"], "/results: there is no such directory"),
     ],
 )
 def test_bad_flags_get_one_line(tmp_path, flags, message):

@@ -102,7 +102,16 @@ def test_directory_that_cannot_be_written_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{}", "{", "[]", '{"settings": 1}', '{"settings": {}, "target": 1}', '{"settings": {}, "changes": [{}]}'],
+    [
+        "",
+        "{}",
+        "{",
+        "[]",
+        '{"settings": 1}',
+        '{"settings": {}, "target": 1}',
+        '{"settings": {}, "target": {"a": 1}}',
+        '{"settings": {}, "changes": [{}]}',
+    ],
 )
 def test_damaged_configuration_is_refused_and_kept(tmp_path, content):
     (tmp_path / "config.json").write_text(content)

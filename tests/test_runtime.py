@@ -248,7 +248,16 @@ for confined in (True, False):
     assert (result.stdout, result.stderr) == ("1\n1\n", "")
 
 
-def test_a_kernel_that_refuses_is_told_once_and_refused_if_confinement_is_asked_for():
+# In a user namespace of its own root may forbid what the kernel of a container, or a hardened one, forbids: another
+# network namespace, or its use.
+@pytest.mark.parametrize(
+    ("refusal", "reason"),
+    [
+        ("echo 0 > /proc/sys/user/max_net_namespaces && exec", "No space left on device"),
+        ("exec setpriv --bounding-set=-net_admin --inh-caps=-net_admin", "Operation not permitted"),
+    ],
+)
+def test_a_kernel_that_refuses_is_told_once_and_refused_if_confinement_is_asked_for(refusal, reason):
     program = """
 from tff_fedavg import local_worker
 for _ in range(2):
@@ -260,12 +269,10 @@ try:
 except RuntimeError as e:
     print(e)
 """
-    # In a user namespace of its own root may forbid what the kernel of a container, or a hardened one, forbids.
-    command = 'echo 0 > /proc/sys/user/max_net_namespaces && exec "$0" -c "$1"'
+    command = f'{refusal} "$0" -c "$1"'
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
     arguments = ["unshare", "--user", "--map-root-user", "sh", "-c", command, sys.executable, program]
     result = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=60)
-    reason = "No space left on device"  # What unshare says where the number of namespaces is at its limit.
     assert result.stdout == f"started\nstarted\nthe TFF worker cannot be confined: {reason}\n", result.stderr
     assert result.stderr.startswith(
         f"the kernel does not let the TFF worker be confined ({reason}): it listens on a port"

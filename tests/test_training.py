@@ -1,3 +1,4 @@
+import errno
 import os
 import re
 import shutil
@@ -110,6 +111,21 @@ def flip(path):
 def replace_by_fifo(path):
     path.unlink()
     os.mkfifo(path)
+
+
+def test_a_state_that_cannot_be_read_is_not_taken_for_a_damaged_one(tmp_path, process, monkeypatch):
+    """As without the permission, or with too many files open: the run is as good as before."""
+    run = Run(tmp_path, process)
+    run.to(4)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    before = sorted(path.name for path in (tmp_path / "states").iterdir())
+    monkeypatch.setattr(saved_state, "open_regular", refuse)
+    with pytest.raises(ValueError, match="/states/round_4.npz cannot be read: Permission denied"):
+        run.to(5)
+    assert sorted(path.name for path in (tmp_path / "states").iterdir()) == before
 
 
 @pytest.mark.parametrize("damage", [cut, flip, lambda path: path.write_bytes(b""), replace_by_fifo])

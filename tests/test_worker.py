@@ -1,3 +1,4 @@
+import fcntl
 import os
 import pathlib
 import pwd
@@ -149,12 +150,24 @@ def test_a_worker_on_a_port_computes_and_listens_nowhere_else(on_port):
 @pytest.mark.parametrize("where", ["on_socket", "on_port"])
 def test_an_address_in_use_is_told_and_left_to_who_uses_it(where, request):
     _, address = request.getfixturevalue(where)
-    assert run(f"--address={address}") == (
-        2,
-        "worker: the TFF worker did not start: it ended with exit status 1: "
-        f"cannot listen at {address}: Address already in use\n",
-    )
+    told = f"cannot listen at {address}: another worker does"
+    if where == "on_port":
+        told = (
+            "the TFF worker did not start: it ended with exit status 1: "
+            f"cannot listen at {address}: Address already in use"
+        )
+    assert run(f"--address={address}") == (2, f"worker: {told}\n")
     assert compute(address) == 6
+
+
+def test_a_socket_of_a_worker_that_does_not_listen_yet_is_left_alone(directory):
+    """As of one that is started at the same time: nobody can tell it from that of a dead one."""
+    address = f"unix:{directory}/starts.sock"
+    with open(f"{directory}/starts.sock.lock", "w") as lock, socket.socket(socket.AF_UNIX) as server:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        server.bind(f"{directory}/starts.sock")
+        assert run(f"--address={address}") == (2, f"worker: cannot listen at {address}: another worker does\n")
+    assert (directory / "starts.sock").exists()
 
 
 def test_a_worker_that_is_not_confined_computes_too(directory):

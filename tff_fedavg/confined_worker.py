@@ -119,11 +119,14 @@ def _remove_dead_socket(path: str) -> None:
 def _confine() -> None:
     """Moves this process into a network namespace of its own; ends it where the kernel refuses that."""
     # Root needs no user namespace, in which it could no longer read what others own.
-    if _libc.unshare(_CLONE_NEWNET) and _libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET):
-        print(os.strerror(ctypes.get_errno()), file=sys.stderr)
+    try:
+        if _libc.unshare(_CLONE_NEWNET) and _libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+            fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP | _IFF_RUNNING))
+    except OSError as e:  # Some give the namespace, and not the right to use it.
+        print(e.strerror, file=sys.stderr)
         sys.exit(REFUSED)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP | _IFF_RUNNING))
 
 
 def _serve(server: socket.socket, address: str, port: int, worker_pid: int) -> None:

@@ -118,5 +118,7 @@ def check_shapes(what: str, values: Sequence[Any], of_model: Sequence[Any]) -> N
 
 def _keras_layer(layer):
     if isinstance(layer, MaxPooling):
-        return tf.keras.layers.MaxPooling2D(layer.pool_size, 2, padding="same", name=layer.name)
+        return tf.keras.layers.MaxPooling2D(
+            layer.pool_size, 2, padding="same", data_format="channels_last", name=layer.name
+        )
     return layer

@@ -410,7 +410,7 @@ def traced_learning_rate(learning_rate: LearningRate) -> Callable[[tf.Tensor], f
         return lambda round_number: tf.cast(traced(tf.cast(round_number, tf.float32)), tf.float32)
     if isinstance(learning_rate, bool) or not isinstance(learning_rate, numbers.Real):
         raise TypeError(f"learning_rate (eta) is {learning_rate!r}; it must be a number or a function of the rounds")
-    if not learning_rate > 0 or not np.isfinite(learning_rate):
-        raise ValueError(f"learning_rate (eta) is {learning_rate}; it must be a number above 0")
+    if not np.float32(learning_rate) > 0 or not np.isfinite(np.float32(learning_rate)):
+        raise ValueError(f"learning_rate (eta) is {learning_rate}; it must be a number above 0, also in float32")
     learning_rate = float(learning_rate)
     return lambda round_number: learning_rate

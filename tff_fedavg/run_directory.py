@@ -151,8 +151,9 @@ def read_config_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     }
     try:
         settings_of(config)
-        for name in ("target", "data_checksums", "versions"):
+        for name in ("data_checksums", "versions"):
             config[name].keys()
+        Target(**{"value": None, **config["target"]})
         if not all(isinstance(change["after_round"], int) for change in config["changes"]):
             raise TypeError("after_round is no number")
     except (KeyError, TypeError, AttributeError, ValueError) as e:

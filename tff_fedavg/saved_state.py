@@ -27,6 +27,10 @@ _WEIGHTS = "global_model_weights"
 _NEWEST = 3  # States that are kept.
 
 
+class UnreadableError(ValueError):
+    """A state may be good, and cannot be read."""
+
+
 class OtherModelError(ValueError):
     """A state is of the run that it is loaded for, whose model or algorithm has been changed since."""
 
@@ -104,6 +108,7 @@ def load_state(run_dir: str | os.PathLike[str], round_number: int, structure: An
 
     Raises:
       ValueError: If the state is damaged, or is not that of this round and run.
+      UnreadableError: If it cannot be read.
       OtherModelError: If it is, but has another structure.
     """
     import tree
@@ -159,11 +164,17 @@ def _states(run_dir: str | os.PathLike[str]) -> pathlib.Path:
 def _read(path: pathlib.Path, round_number: int, run: str) -> dict[str, np.ndarray]:
     """Returns the arrays of a state, by name."""
     try:
-        with open_regular(path) as file, np.load(file, allow_pickle=False) as archive:
+        with open_regular(path) as file:
+            content = io.BytesIO(file.read())
+        with np.load(content, allow_pickle=False) as archive:
             arrays = {name: _with_dtype(archive[name]) for name in archive.files}
         found = str(arrays.pop(_RUN)), int(arrays.pop(_ROUND))
         arrays[_METRICS].tobytes()
+    except MemoryError:
+        raise
     except Exception as e:  # NumPy and zipfile raise many kinds of errors for the many ways in which it can be damaged.
+        if isinstance(e, OSError) and e.errno:  # Which says nothing of what is in it.
+            raise UnreadableError(f"{path} cannot be read: {e.strerror}") from e
         raise ValueError(f"{path} is damaged ({e})".replace("\n", " ")) from e
     if found != (run, round_number):
         raise ValueError(f"{path} is the state of {'another run' if found[0] != run else f'round {found[1]}'}")

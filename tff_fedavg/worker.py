@@ -343,7 +343,8 @@ class RemoteWorker(Worker):
 
     def _open(self):
         self._disconnect()
-        self._open_channel(self._address)
+        is_path = self._address.startswith("unix:")  # In which gRPC takes % for the start of a code.
+        self._open_channel(urllib.parse.quote(self._address, safe="/:") if is_path else self._address)
         self._opened_at = time.monotonic()
 
 

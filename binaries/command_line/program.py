@@ -22,6 +22,7 @@ _HELP = flags.DEFINE_boolean("help", False, "Shows what the program does, and it
 _VERSION = flags.DEFINE_boolean("version", False, "Shows the version.")
 
 _FAILED = 2
+_OF_ALL = {"help", "version", "verbosity", "flagfile", "undefok"}
 _FLAGS_OF_ALL = "--verbosity=1 shows TensorFlow's messages, and tracebacks; --flagfile=FILE reads flags from a file."
 # Of new objects, for Python to look for garbage: with its own 700 that is a fifth of the import of TensorFlow and TFF.
 OBJECTS_BETWEEN_COLLECTIONS = 10_000
@@ -92,10 +93,15 @@ def first_line(error: BaseException) -> str:
 
 
 def _open_missing_streams() -> None:
-    """Has a stream that is closed (`2>&-`) lead nowhere: else the next file that is opened takes its place."""
+    """Has a stream that is closed (`2>&-`) lead nowhere: else the next file that is opened takes its place.
+
+    What the encoding of the others lacks is escaped in them.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
+        elif mode == "w":
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def _run(main: Callable[..., None], takes: str | None) -> None:
@@ -111,6 +117,10 @@ def _run(main: Callable[..., None], takes: str | None) -> None:
     for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
         if flag.present and flag.value in ("", []):
             raise ValueError(f"--{flag.name}= is empty: give a value, or leave it out")
+    taken = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])} | _OF_ALL
+    for name in flags.FLAGS:  # What absl and others define would have no effect.
+        if flags.FLAGS[name].present and flags.FLAGS[name].name not in taken:
+            raise flags.UnrecognizedFlagError(name)
     if arguments and not takes:
         raise ValueError(f"unknown argument {arguments[0]!r}: flags start with --")
     if takes and not arguments:
@@ -119,8 +129,9 @@ def _run(main: Callable[..., None], takes: str | None) -> None:
     # For what TensorFlow leaves when it is killed, too: it goes with the next program.
     with scratch_directory() as directory:
         os.environ["TMPDIR"] = tempfile.tempdir = str(directory)
-        # Pictures are the same whatever is set for the user's own, and need neither a display nor a home.
-        os.environ.update(MATPLOTLIBRC=os.devnull, MPLBACKEND="agg")
+        # Models and pictures are the same whatever is set for the user's own: keras.json has the order of axes and the
+        # dtype. Pictures need neither a display nor a home.
+        os.environ.update(KERAS_HOME=str(directory), MATPLOTLIBRC=os.devnull, MPLBACKEND="agg")
         if not os.access(os.path.expanduser("~"), os.W_OK):
             os.environ.setdefault("MPLCONFIGDIR", str(directory))
         main(arguments) if takes else main()
@@ -136,6 +147,8 @@ def _ending(error: BaseException) -> tuple[int, str] | None:
         return 128 + number, message
     if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout):
         return 128 + signal.SIGPIPE, ""
+    if isinstance(error, SystemExit):  # It would pass for the end of the work.
+        return _FAILED, "the program was ended from within, as by a sys.exit in the task's file"
     is_for_the_user = isinstance(error, (flags.Error, ValueError, OSError, RuntimeError)) or _is_tensorflows(error)
     if not is_for_the_user or _MODEL_CODE.match(str(error)) or _is_verbose():
         return None
@@ -157,7 +170,9 @@ def _hint(name: str) -> str:
 
 
 def _long_names() -> list[str]:
-    return [name for name in flags.FLAGS if len(name) > 1]
+    absls_own = flags.FLAGS.flags_by_module_dict()[logging.__name__]
+    names = {name for name in flags.FLAGS if len(name) > 1} - {flag.name for flag in absls_own}
+    return sorted(names | _OF_ALL)
 
 
 def _is_verbose() -> bool:

@@ -28,7 +28,9 @@ _PLAIN = ("sgd", "momentum")  # Those for which a learning rate of SGD is a good
 _ROBUST = ("robust", "compressed")
 
 
-def _optimizer_parameter(side: str, name: str, takes: tuple[float, float], defaults: Mapping[str, float]) -> Any:
+def _optimizer_parameter(
+    side: str, name: str, takes: tuple[float, float], defaults: Mapping[str, float], **more: Any
+) -> Any:
     """A parameter, named as in `tff.learning.optimizers`, of the optimizers that have a default for it."""
     optimizer = f"{side}_optimizer"
     listed = ", ".join(f"{default:g} for {optimizer}" for optimizer, default in defaults.items())
@@ -37,6 +39,7 @@ def _optimizer_parameter(side: str, name: str, takes: tuple[float, float], defau
         lambda experiment: defaults.get(getattr(experiment, optimizer)),
         takes=takes,
         needs=(optimizer, *defaults),
+        **more,
     )
 
 
@@ -140,8 +143,12 @@ class Experiment:
         needs=("learning_rate_decay",),
     )
     client_momentum: float | None = _optimizer_parameter("client", "momentum", (0, 1), {"momentum": 0.9})
-    client_beta_1: float | None = _optimizer_parameter("client", "beta_1", (0, 1), {"adam": 0.9, "yogi": 0.9})
-    client_beta_2: float | None = _optimizer_parameter("client", "beta_2", (0, 1), {"adam": 0.999, "yogi": 0.999})
+    client_beta_1: float | None = _optimizer_parameter(
+        "client", "beta_1", (0, 1), {"adam": 0.9, "yogi": 0.9}, below=True
+    )
+    client_beta_2: float | None = _optimizer_parameter(
+        "client", "beta_2", (0, 1), {"adam": 0.999, "yogi": 0.999}, below=True
+    )
     client_epsilon: float | None = _optimizer_parameter(
         "client", "epsilon", (0, 1), {"adam": 1e-7, "adagrad": 1e-7, "yogi": 1e-3}
     )
@@ -170,8 +177,12 @@ class Experiment:
     )
     # The defaults of the adaptive ones are those of Reddi et al.: beta_2 of 0.99, and tau, of 0.001, in two places.
     server_momentum: float | None = _optimizer_parameter("server", "momentum", (0, 1), {"momentum": 0.9})
-    server_beta_1: float | None = _optimizer_parameter("server", "beta_1", (0, 1), {"adam": 0.9, "yogi": 0.9})
-    server_beta_2: float | None = _optimizer_parameter("server", "beta_2", (0, 1), {"adam": 0.99, "yogi": 0.99})
+    server_beta_1: float | None = _optimizer_parameter(
+        "server", "beta_1", (0, 1), {"adam": 0.9, "yogi": 0.9}, below=True
+    )
+    server_beta_2: float | None = _optimizer_parameter(
+        "server", "beta_2", (0, 1), {"adam": 0.99, "yogi": 0.99}, below=True
+    )
     server_epsilon: float | None = _optimizer_parameter(
         "server", "epsilon", (0, 1), {"adam": 1e-3, "adagrad": 1e-3, "yogi": 1e-3}
     )

@@ -16,6 +16,7 @@ class Setting:
         which the fields above are known.
       takes: The smallest and the largest number, or the texts to choose from.
       above: Whether it must be more than the smallest number.
+      below: Whether it must be less than the largest.
       needs: Name of a field above, and those of its values with which this one can be chosen: any but None where none
         is named. With others this one has its default.
       may_differ: Whether a run may go on with another value: it says when to stop or look, or in which order to sum up.
@@ -26,6 +27,7 @@ class Setting:
     default: Any | Mapping[str, Any] | Callable[[Any], Any] = None
     takes: tuple[Any, ...] = ()
     above: bool = False
+    below: bool = False
     needs: tuple[str | None, ...] = ()
     may_differ: bool = False
     kind: type = str
@@ -50,7 +52,9 @@ class Setting:
             return f"one of {', '.join(self.takes)}" if self.takes else "a name"
         low, high = (f"{bound:,}" if self.kind is int else f"{bound:g}" for bound in self.takes)
         number = "an integer" if self.kind is int else "a number"
-        return f"{number} above {low}, at most {high}" if self.above else f"{number} from {low} to {high}"
+        if self.above:
+            return f"{number} above {low}, at most {high}"
+        return f"{number} from {low} to {'below ' * self.below}{high}"
 
     def allows(self, value: Any) -> bool:
         """Whether a value is in the range; NaN and infinities are in none."""
@@ -60,7 +64,7 @@ class Setting:
         if not isinstance(value, number) or isinstance(value, bool):
             return False
         low, high = self.takes
-        return low <= value <= high and not (self.above and value == low)
+        return low <= value <= high and not (self.above and value == low) and not (self.below and value == high)
 
     def lacking(self, experiment: Any) -> str:
         """Returns what it needs and the experiment lacks, as a flag; empty if nothing."""

@@ -104,7 +104,7 @@ def write(results_dir: pathlib.Path, shrunk: bool = False) -> pathlib.Path:
     sections += [_figure_section(number, figure, results_dir) for number, figure in plan.figures(shrunk).items()]
     path = results_dir / "RESULTS.md"
     with replacement(path) as temporary:
-        temporary.write_text("\n\n".join(sections) + "\n")
+        temporary.write_text("\n\n".join(sections) + "\n", "utf-8")
     return path
 
 

@@ -81,7 +81,7 @@ def rows() -> tuple[Row, ...]:
     fields = [field.name for field in dataclasses.fields(Cell)]
     return tuple(
         Row(row["table"], Cell(*(row[name] for name in fields)), row["target"], row["rounds"])
-        for row in json.loads((_DIRECTORY / "tables.json").read_text())
+        for row in json.loads((_DIRECTORY / "tables.json").read_text("utf-8"))
     )
 
 
@@ -99,10 +99,10 @@ def speedups(rounds: Mapping[Row, float]) -> dict[Row, float]:
 @functools.cache
 def curves(figure: int) -> Curves:
     """Returns the published curves of a figure; empty where there are none."""
-    return json.loads((_DIRECTORY / "curves.json").read_text()).get(str(figure), {})
+    return json.loads((_DIRECTORY / "curves.json").read_text("utf-8")).get(str(figure), {})
 
 
 @functools.cache
 def explanations() -> Mapping[str, str]:
     """Returns, by the name of a cell, why what was measured differs; by "figure N", what there is in its place."""
-    return json.loads((_DIRECTORY / "explanations.json").read_text())
+    return json.loads((_DIRECTORY / "explanations.json").read_text("utf-8"))
