@@ -478,6 +478,12 @@ def test_client_ids_are_any_integers(client_dataset, client_ids):
     assert {type(k) for k in checked} == {int}
 
 
+@pytest.mark.parametrize("client_id", [-1, 6])
+def test_examples_of_a_client_that_does_not_exist_are_refused(client_dataset, client_id):
+    with pytest.raises(ValueError, match=rf"client_ids\[0\] is {client_id}; it must be from 0 to 5"):
+        client_dataset.load(client_id)
+
+
 @pytest.mark.parametrize(
     ("client_ids", "error", "message"),
     [

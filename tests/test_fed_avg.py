@@ -256,6 +256,23 @@ def test_clients_that_do_not_exist_are_refused_in_one_line(model, client_dataset
                 computation(None, client_ids)
 
 
+def test_weights_of_another_model_are_refused_in_one_line(model, client_dataset):
+    process = build_fed_sgd(model, client_dataset, learning_rate=0.5)
+    weights = tff.learning.models.ModelWeights(
+        tuple(np.zeros([7, 3], np.float32) for _ in model.initial_weights[0]), ()
+    )
+    state = tff.learning.templates.LearningAlgorithmState(weights, (), np.int32(0), (), ())
+    for computation, value, name in (
+        (process.next, state, "state"),
+        (build_fed_eval(model, client_dataset), weights, "weights"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"^the trainable weights of {name} have the shapes \[\(7, 3\), "
+        ) as error:
+            computation(value, [0])
+        assert "\n" not in str(error.value)
+
+
 def test_an_error_of_a_client_is_one_line_with_the_client_and_its_files(worker, model, client_arrays, tmp_path):
     """And the round can be run again from the same state when it is mended."""
     arrays = [dict(client) for client in client_arrays]

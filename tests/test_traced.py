@@ -220,6 +220,10 @@ def test_what_debugs_tensorflow_is_refused_in_one_line(switch_on, switch_off, me
         (lambda example: (example["x"],), r"it must return \(x, y\)"),
         (lambda example: {"x": example["x"], "label": example["y"]}, r"it must return \(x, y\)"),
         (lambda example: (tf.reduce_sum(example["x"]), example["y"]), r"it must return tensors \[batch, ...\]"),
+        (
+            lambda example: (tf.RaggedTensor.from_tensor(example["x"]), example["y"]),
+            r"it returns a RaggedTensor: make a tensor of it, as with its to_tensor\(\)",
+        ),
         (lambda example: (example["image"], example["y"]), "preprocess_fn fails: KeyError: 'image'"),
     ],
 )

@@ -273,6 +273,7 @@ class ClientDataset:
 
     def load(self, client_id: int) -> dict[str, np.ndarray]:
         """Returns the stored examples of one client as arrays `[n_k, ...]`, outside any graph."""
+        (client_id,) = self.check_client_ids([client_id])
         begin, end = self._offsets[client_id : client_id + 2]
         dtype = np.dtype([(name, spec.dtype.as_numpy_dtype, spec.shape) for name, spec in self.element_spec.items()])
         path = self.directory / client_files.EXAMPLES
@@ -378,6 +379,8 @@ def _trace(preprocess_fn: PreprocessFn, element_spec: Mapping[str, tf.TensorSpec
                 f"it must return (x, y) or (x, y, sample_weight), or a mapping of these, but got {batch!r}"
             )
         for tensor in tf.nest.flatten(batch):
+            if isinstance(tensor, (tf.RaggedTensor, tf.SparseTensor)):
+                raise ValueError(f"it returns a {type(tensor).__name__}: make a tensor of it, as with its to_tensor()")
             if tf.convert_to_tensor(tensor).shape.rank == 0:
                 raise ValueError(f"it must return tensors [batch, ...], not {tensor!r}")
         return tuple(batch)

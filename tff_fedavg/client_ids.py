@@ -9,6 +9,7 @@ import tensorflow_federated as tff
 
 from tff_fedavg import runtime
 from tff_fedavg.client_data import ClientDataset
+from tff_fedavg.export import check_shapes
 
 
 class ForClients(runtime.Computation):
@@ -40,11 +41,17 @@ class ForClients(runtime.Computation):
         return super()._compute(server_value, client_ids)
 
     def _check(self, server_value: Any) -> None:
-        """Raises a `TypeError` for another kind of value than the server's, where TFF would print all that is in it."""
-        kind = getattr(self.type_signature.parameter[0].member, "python_container", None)
-        if kind is None or isinstance(server_value, (kind, tff.Value, tff.structure.Struct)):
+        """Checks the kind of the server's value, and the shapes of weights: TFF would print all that is in it."""
+        takes = self.type_signature.parameter[0].member
+        kind = getattr(takes, "python_container", None)
+        if kind is None or isinstance(server_value, (tff.Value, tff.structure.Struct)):
             return
         name = next(iter(self._signature.parameters))
+        if isinstance(server_value, kind):
+            weights, of_model = (getattr(each, "global_model_weights", each) for each in (server_value, takes))
+            for part in ("trainable", "non_trainable"):
+                check_shapes(f"the {part} weights of {name}", getattr(weights, part), list(getattr(of_model, part)))
+            return
         parts = ("state", "global_model_weights")
         hint = "".join(f": give its {part}" for part in parts if isinstance(getattr(server_value, part, None), kind))
         raise TypeError(f"{name} is a {type(server_value).__name__}; it must be a {kind.__name__}{hint}")

@@ -69,7 +69,8 @@ def build_fed_avg(
       client_dataset: The client files.
       epochs: E, the number of local epochs.
       batch_size: B, the local minibatch size; None is the paper's B = inf.
-      learning_rate: eta, the clients' learning rate. May be left out if the optimizer has one, which it replaces.
+      learning_rate: eta, the clients' learning rate; variables that its function uses keep the values that they have
+        now. May be left out if the optimizer has one, which it replaces.
       client_optimizer: What the clients use in place of SGD; it starts anew in each round.
       proximal_strength: mu of FedProx (Li et al. 2020): how much a client is drawn to w_t; 0 is FedAvg.
       client_weighting: The weight of a client in the average: n_k, or 1 for each client of the round.
