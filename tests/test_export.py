@@ -81,13 +81,18 @@ def test_plain_keras_measures_what_the_run_measured(short_run, test_set, exporte
 
 
 def test_what_is_there_is_replaced_only_when_that_is_asked_for(short_run, exported):
+    """Also where a link leads there."""
     path, _ = exported
     refused = export_run(short_run, path)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == f"export: --output={path} exists: take another name, or --overwrite\n"
     before = (path if path.suffix else path / "fingerprint.pb").stat().st_mtime_ns
-    replaced = export_run(short_run, path, "--overwrite", "--round=3")
+    link = short_run.parent / f"link{path.suffix}"
+    link.symlink_to(path.name)
+    replaced = export_run(short_run, link, "--overwrite", "--round=3")
     assert (replaced.returncode, replaced.stderr) == (0, "")
+    assert link.is_symlink()
+    link.unlink()
     assert (path if path.suffix else path / "fingerprint.pb").stat().st_mtime_ns > before
     names = {"run", "cache", "test_set.npz", "model", "model.keras"}
     assert {found.name for found in short_run.parent.iterdir()} <= names

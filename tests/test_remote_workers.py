@@ -171,6 +171,12 @@ def test_the_others_do_what_a_worker_that_hangs_was_to_do(impatient, programs, a
     rounds.close()
 
 
+def test_a_socket_may_have_any_name(tmp_path):
+    """In an address gRPC takes % for the start of a code."""
+    with WorkerProgram(f"unix:{tmp_path}/%41 ä") as program, remote_workers([program.address], timeout=20):
+        assert build_sum()([1, 2]) == 3
+
+
 def test_a_worker_that_the_kernel_ended_is_used_when_its_program_has_started_it_again(programs, addresses):
     process = build_sum()
     with remote_workers(addresses[:1], timeout=20):
