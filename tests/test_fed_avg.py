@@ -358,10 +358,13 @@ def test_aggregators_that_need_secure_sums_are_refused_before_the_round(model, c
         (dict(learning_rate=lambda t: 1 / "a"), "learning_rate fails: TypeError: "),
         (dict(learning_rate=lambda t: tf.constant([0.1, 0.2])), r"is a function that returns TensorSpec\(shape=\(2,\)"),
         (dict(learning_rate=lambda t: None), "is a function that returns None; it must return a number"),
-        (dict(client_optimizer=Clipped()), "learning_rate is given, but client_optimizer has none"),
+        (
+            dict(client_optimizer=Clipped()),
+            "learning_rate is given, but client_optimizer has none in its hyperparameters",
+        ),
         (
             dict(client_optimizer=tff.learning.optimizers.schedule_learning_rate(SGD, lambda t: 0.1)),
-            "learning_rate is given, but client_optimizer has none",
+            "learning_rate is given, but client_optimizer has none in its hyperparameters",
         ),
         (dict(proximal_strength=-1.0), r"proximal_strength \(mu\) is -1.0; it must be a number from 0 on"),
     ],

@@ -160,6 +160,17 @@ def test_an_address_in_use_is_told_and_left_to_who_uses_it(where, request):
     assert compute(address) == 6
 
 
+def test_a_socket_of_another_program_that_listens_is_left_alone(directory):
+    address = f"unix:{directory}/other.sock"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"{directory}/other.sock")
+        server.listen()
+        status, errors = run(f"--address={address}")
+        assert status == 2 and errors.endswith(f": cannot listen at {address}: Address already in use\n")
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(f"{directory}/other.sock")
+
+
 def test_a_socket_of_a_worker_that_does_not_listen_yet_is_left_alone(directory):
     """As of one that is started at the same time: nobody can tell it from that of a dead one."""
     address = f"unix:{directory}/starts.sock"

@@ -186,6 +186,16 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, float]]:
     return metrics_table.read_metrics(path)
 
 
+def task_has_changed(run_dir: str | os.PathLike[str], task_file: str | None) -> bool:
+    """Whether the file of the task is another than the one that a run has been trained with, as far as that is kept.
+
+    Args:
+      run_dir: The directory of the run.
+      task_file: As for `RunDirectory.start`, of now.
+    """
+    return read_config(run_dir)["task_file"] not in (None, task_file)
+
+
 def check_data(run_dir: str | os.PathLike[str], checksums: Mapping[str, str]) -> None:
     """Compares data with those of a run.
 

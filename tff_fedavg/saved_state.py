@@ -27,12 +27,8 @@ _WEIGHTS = "global_model_weights"
 _NEWEST = 3  # States that are kept.
 
 
-class UnreadableError(ValueError):
-    """A state may be good, and cannot be read."""
-
-
-class OtherModelError(ValueError):
-    """A state is of the run that it is loaded for, whose model or algorithm has been changed since."""
+class DamagedStateError(ValueError):
+    """A state is not what was written in this round of this run: there is nothing to be had from it."""
 
 
 def saved_rounds(run_dir: str | os.PathLike[str]) -> list[int]:
@@ -107,9 +103,8 @@ def load_state(run_dir: str | os.PathLike[str], round_number: int, structure: An
       run: As for `save_state`.
 
     Raises:
-      ValueError: If the state is damaged, or is not that of this round and run.
-      UnreadableError: If it cannot be read.
-      OtherModelError: If it is, but has another structure.
+      DamagedStateError: If the state is damaged, or is not that of this round and run.
+      ValueError: If it has another structure, or cannot be read.
     """
     import tree
 
@@ -120,7 +115,7 @@ def load_state(run_dir: str | os.PathLike[str], round_number: int, structure: An
     for name in expected.keys() | arrays.keys():
         specs = [(a[name].shape, a[name].dtype) if name in a else None for a in (arrays, expected)]
         if specs[0] != specs[1]:
-            raise OtherModelError(
+            raise ValueError(
                 f"{path} is the state of another model or algorithm, which differs in {name}: give another run_dir for "
                 "this one"
             )
@@ -174,10 +169,10 @@ def _read(path: pathlib.Path, round_number: int, run: str) -> dict[str, np.ndarr
         raise
     except Exception as e:  # NumPy and zipfile raise many kinds of errors for the many ways in which it can be damaged.
         if isinstance(e, OSError) and e.errno:  # Which says nothing of what is in it.
-            raise UnreadableError(f"{path} cannot be read: {e.strerror}") from e
-        raise ValueError(f"{path} is damaged ({e})".replace("\n", " ")) from e
+            raise ValueError(f"{path} cannot be read: {e.strerror}") from e
+        raise DamagedStateError(f"{path} is damaged ({e})".replace("\n", " ")) from e
     if found != (run, round_number):
-        raise ValueError(f"{path} is the state of {'another run' if found[0] != run else f'round {found[1]}'}")
+        raise DamagedStateError(f"{path} is the state of {'another run' if found[0] != run else f'round {found[1]}'}")
     return arrays
 
 

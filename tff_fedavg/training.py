@@ -177,9 +177,7 @@ def _load_latest_state(process, directory, on_mended):
         try:
             good, metrics = saved_state.load_state(directory.path, round_number, state, run=directory.run)
             return good, round_number, metrics
-        except (saved_state.OtherModelError, saved_state.UnreadableError):
-            raise
-        except ValueError as e:
+        except saved_state.DamagedStateError as e:
             path = saved_state.path_of(directory.path, round_number)
             aside = path.with_name(f"damaged_{time.time_ns()}_{path.name}")
             path.rename(aside)

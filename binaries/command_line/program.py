@@ -114,10 +114,11 @@ def _run(main: Callable[..., None], takes: str | None) -> None:
     if _VERSION.value:
         print(f"tff_fedavg {tff_fedavg.__version__}")
         return
-    for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
+    key_flags = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
+    for flag in key_flags:
         if flag.present and flag.value in ("", []):
             raise ValueError(f"--{flag.name}= is empty: give a value, or leave it out")
-    taken = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])} | _OF_ALL
+    taken = {flag.name for flag in key_flags} | _OF_ALL
     for name in flags.FLAGS:  # What absl and others define would have no effect.
         if flags.FLAGS[name].present and flags.FLAGS[name].name not in taken:
             raise flags.UnrecognizedFlagError(name)

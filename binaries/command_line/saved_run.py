@@ -64,7 +64,7 @@ def build_task(run_dir: pathlib.Path, experiment: Experiment) -> "Task":
     """
     task = experiment.build_task(**data_flags.directories())
     run_directory.check_data(run_dir, task.checksums)
-    if run_directory.read_config(run_dir)["task_file"] not in (None, own.checksum(experiment.task)):
+    if run_directory.task_has_changed(run_dir, own.checksum(experiment.task)):
         print(
             f"{experiment.task} has changed since the run in {run_dir}: its task is what is in it now", file=sys.stderr
         )

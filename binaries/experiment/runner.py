@@ -18,7 +18,7 @@ from tff_fedavg import learning_curve, training
 from tff_fedavg.communication import bytes_per_client
 from tff_fedavg.learning_curve import Target
 from tff_fedavg.metrics_table import ROUND_FIELD
-from tff_fedavg.run_directory import RunDirectory, check_data, read_config, read_metrics
+from tff_fedavg.run_directory import RunDirectory, check_data, read_metrics, task_has_changed
 
 # Names in metrics.csv.
 _BYTES_UP = "bytes_up"
@@ -77,7 +77,7 @@ def run(
             def start(round_number: int) -> None:
                 nonlocal first_round
                 first_round = round_number
-                if round_number and read_config(run_dir)["task_file"] not in (None, task_file):
+                if round_number and task_has_changed(run_dir, task_file):
                     observer.warn(
                         f"{experiment.task} has changed since round {round_number} of the run in {run_dir}, which goes "
                         "on with what is in it now; give another run_dir to start a new run"
